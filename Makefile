@@ -1,0 +1,44 @@
+# Every target sets up its own environment in .venv; nothing else is needed than Python 3.11, make and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Short socket paths and own Ray instances: see docs/architecture.md, "Tests".
+TEST_ENV := RAY_memory_monitor_refresh_ms=0 RAY_AUTH_MODE=disabled RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.1
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python ray_job.py demo --output demo_output
+
+test: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m flake8 .
+	$(BIN)/python -m isort --check-only .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.dev
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
+$(VENV)/.base: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip wheel "setuptools>=68,<82"
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[demo]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output

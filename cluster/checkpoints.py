@@ -1,0 +1,192 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder unique to one attempt, `checkpoints/step-000001000-<attempt>/`, and exists once its COMMIT.json does. The
+commit is written last, put-if-absent, and lists every file with size and hash. "Latest" is the highest step whose commit verifies:
+neither DeepSpeed's `latest` file nor a Ray report is asked.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from pipeline import storage
+from stages.errors import ArtefactError
+
+logger = logging.getLogger(__name__)
+
+COMMIT = "COMMIT.json"
+FORMAT = "tessera-checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One committed checkpoint: its folder, what COMMIT.json says, and that file's sha-256."""
+
+    path: str
+    content: dict[str, Any]
+    hash: str
+
+    @property
+    def step(self) -> int:
+        return self.content["step"]
+
+    @property
+    def root_hash(self) -> str:
+        """Root hash of the code dataset it was trained on."""
+        return self.content["root_hash"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.content["tokenizer_fingerprint"]
+
+    @property
+    def train_loss(self) -> float:
+        """Loss of the last step, in nats per code."""
+        return self.content["train_loss"]
+
+
+def new_attempt() -> str:
+    """A name no other attempt has."""
+    return uuid.uuid4().hex[:12]
+
+
+def checkpoint_path(run_path: str, step: int, attempt: str) -> str:
+    """Folder of one attempt at the checkpoint after `step` steps."""
+    return storage.join(run_path, "checkpoints", f"step-{step:09d}-{attempt}")
+
+
+def file_entry(path: str, name: str) -> dict[str, Any]:
+    """Size and hash of one local file, under the name the commit lists it by."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return {"path": name, "bytes": os.path.getsize(path), "xxh3_128": digest.hexdigest()}
+
+
+def sync_file(path: str) -> None:
+    """Forces a local file to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_commit(folder: str, content: dict[str, Any]) -> Commit:
+    """Makes the checkpoint in `folder` exist.
+
+    Raises:
+        ArtefactError: the folder already has a commit, which an attempt-unique folder never has.
+    """
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "created_at": time.time(), **content}
+    data = json.dumps(content, indent=1).encode()
+    if not storage.put_if_absent(storage.join(folder, COMMIT), data):
+        raise ArtefactError(f"{folder} is committed already, but every attempt has a folder of its own. Remove the folder and resume.")
+    return Commit(folder, content, hashlib.sha256(data).hexdigest())
+
+
+def open_commit(folder: str) -> Commit:
+    """The commit of a checkpoint folder, its files unchecked.
+
+    Raises:
+        ArtefactError: there is none, or it is not one.
+    """
+    path = storage.join(folder, COMMIT)
+    try:
+        data = storage.read_bytes(path)
+        content = json.loads(data)
+    except FileNotFoundError:
+        raise ArtefactError(f"checkpoint is {folder}, but there is no {COMMIT} in it. Name a committed checkpoint.") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Use an older checkpoint.") from None
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(f"{path} is not a checkpoint of format version {FORMAT_VERSION}, but it must be. Use another checkpoint.")
+    return Commit(folder, content, hashlib.sha256(data).hexdigest())
+
+
+def commit_problems(commit: Commit) -> list[str]:
+    """What is wrong with the files of a commit: missing, of another size, or of another hash. Empty when it verifies."""
+    problems = []
+    for entry in commit.content["files"]:
+        path = storage.join(commit.path, entry["path"])
+        if not storage.exists(path):
+            problems.append(f"{path} is missing")
+            continue
+        found = file_entry(storage.local_copy(path), entry["path"])
+        if found != entry:
+            problems.append(f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}")
+    return problems
+
+
+def list_commits(run_path: str) -> list[Commit]:
+    """Every committed checkpoint of a run in order of step, files unchecked."""
+    paths = storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT)
+    return sorted((open_commit(path[: -len(COMMIT) - 1]) for path in paths), key=lambda commit: (commit.step, commit.content["created_at"]))
+
+
+def latest_commit(run_path: str) -> Commit | None:
+    """The highest step whose commit verifies; damaged ones are named in the log and passed over. None when there is none."""
+    for commit in reversed(list_commits(run_path)):
+        problems = commit_problems(commit)
+        if not problems:
+            return commit
+        logger.warning("Checkpoint %s is damaged and passed over: %s", commit.path, "; ".join(problems))
+    return None
+
+
+def resolve_checkpoint(checkpoint: str, run_path: str) -> Commit:
+    """The commit named by a path, or the run's latest for "latest".
+
+    Raises:
+        ArtefactError: there is none, or its files do not verify.
+    """
+    if checkpoint == "latest":
+        commit = latest_commit(run_path)
+        if commit is None:
+            raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
+        return commit
+    commit = open_commit(checkpoint.rstrip("/"))
+    problems = commit_problems(commit)
+    if problems:
+        raise ArtefactError(f"checkpoint is {checkpoint}, but it is damaged: {'; '.join(problems)}. Use another checkpoint.")
+    return commit
+
+
+def local_folder(commit: Commit) -> str:
+    """A local folder with the checkpoint's files: its own, or a fresh download."""
+    if storage.is_local(commit.path):
+        return commit.path
+    folder = tempfile.mkdtemp(prefix="tessera-checkpoint-")
+    for entry in commit.content["files"]:
+        target = os.path.join(folder, entry["path"])
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb") as file:
+            file.write(storage.read_bytes(storage.join(commit.path, entry["path"])))
+    return folder
+
+
+def prune(run_path: str, keep: int) -> None:
+    """Removes all but the newest `keep` commits, COMMIT.json first, and attempts older than the newest commit that never committed."""
+    commits = list_commits(run_path)
+    for commit in commits[:-keep]:
+        storage.delete(storage.join(commit.path, COMMIT))
+        storage.delete_tree(commit.path)
+    if not commits:
+        return
+    kept = {commit.path for commit in commits[-keep:]}
+    root = storage.join(run_path, "checkpoints")
+    folders = {storage.join(root, path[len(root) + 1 :].split("/")[0]) for path in storage.list_files(root)}
+    newest = os.path.basename(commits[-1].path)[: len("step-000000000")]
+    for folder in folders - kept:
+        if os.path.basename(folder)[: len(newest)] < newest:
+            storage.delete_tree(folder)

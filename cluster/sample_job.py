@@ -1,0 +1,63 @@
+"""The `sample` job: draws samples on an actor and stores them by global index."""
+
+import io
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from cluster import checkpoints
+from cluster.runtime import user_errors
+from cluster.sampler_actor import SamplerActor
+from pipeline import storage
+from pipeline.grids import grid_png
+from stages.config import to_yaml
+from stages.options import RunOptions, SamplingOptions, TokenizerOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleJobOptions:
+    """The sections that `sample` takes, and the checkpoint: a path or "latest"."""
+
+    run: RunOptions
+    tokenizer: TokenizerOptions
+    sampling: SamplingOptions
+    checkpoint: str = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSummary:
+    """What `sample` reports."""
+
+    samples: str
+    num_samples: int
+    checkpoint: str
+
+
+def sample(options: SampleJobOptions) -> SampleSummary:
+    """Draws `sampling.num_samples` samples and writes them as samples.npz and grid.png. Ray must be connected.
+
+    samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64 (n,) in order of the global sample index.
+    """
+    commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
+    actor = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
+    size = options.sampling.group_size
+    bounds = [(start, min(start + size, options.sampling.num_samples)) for start in range(0, options.sampling.num_samples, size)]
+    images, codes = [], []
+    with user_errors():
+        labels = ray.get(actor.labels.remote(0, options.sampling.num_samples))
+        for start, stop in bounds:
+            images.append(ray.get(actor.images.remote(start, stop)))
+            codes.append(ray.get(actor.codes.remote(start, stop)))
+            logger.info("Drew %d of %d samples", stop, options.sampling.num_samples)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=np.concatenate(images), codes=np.concatenate(codes), labels=labels)
+    path = options.sampling.path
+    storage.replace(storage.join(path, "samples.npz"), buffer.getvalue())
+    storage.replace(storage.join(path, "grid.png"), grid_png(np.concatenate(images)))
+    storage.replace(storage.join(path, "config.yaml"), to_yaml(options).encode())
+    ray.kill(actor)
+    return SampleSummary(samples=path, num_samples=options.sampling.num_samples, checkpoint=commit.path)

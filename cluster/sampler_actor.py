@@ -1,0 +1,83 @@
+"""A checkpoint and its tokenizer, ready to draw samples and to score codes. Made a Ray actor by whoever needs one."""
+
+import os
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from cluster import checkpoints
+from cluster.train_loop import WEIGHTS
+from pipeline.tokenizers import open_tokenizer
+from stages.config import build
+from stages.errors import ArtefactError
+from stages.first_stage.pixels import to_uint8
+from stages.options import SamplingOptions
+from stages.second_stage.sampling import sample_codes, sample_labels
+from stages.second_stage.transformer import Transformer, TransformerConfig, nll
+
+
+def load_transformer(commit: checkpoints.Commit) -> Transformer:
+    """The transformer of a checkpoint in float32, in eval mode."""
+    model = Transformer(build(TransformerConfig, commit.content["transformer"]))
+    weights = load_file(os.path.join(checkpoints.local_folder(commit), WEIGHTS))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model.eval().requires_grad_(False)
+
+
+class SamplerActor:
+    """Draws samples by global index. Any two instances on the same inputs give the same samples (fp32, CPU).
+
+    Args:
+        checkpoint_path: a committed checkpoint.
+        tokenizer_path: the tokenizer whose codes it was trained on.
+        sampling: how codes are drawn.
+        num_threads: torch threads; results are promised equal for equal numbers of threads.
+
+    Raises:
+        ArtefactError: the tokenizer is not the checkpoint's.
+    """
+
+    def __init__(self, checkpoint_path: str, tokenizer_path: str, sampling: SamplingOptions, num_threads: int = 1):
+        torch.set_num_threads(num_threads)
+        commit = checkpoints.open_commit(checkpoint_path)
+        self.tokenizer = open_tokenizer(tokenizer_path)
+        if self.tokenizer.fingerprint != commit.tokenizer_fingerprint:
+            raise ArtefactError(
+                f"tokenizer.path is {tokenizer_path} with fingerprint {self.tokenizer.fingerprint}, but {checkpoint_path} was trained on "
+                f"codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_transformer(commit).to(self.device)
+        self.tokenizer.to(self.device)
+        self.sampling = sampling
+
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """Classes of the global sample indices [start, stop), int64 (n,); -1 without classes."""
+        return sample_labels(self.sampling, np.arange(start, stop), self.model.config.num_classes)
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        """Codes of the global sample indices [start, stop), int64 (n, L)."""
+        return sample_codes(self.model, self.sampling, start, stop)
+
+    def images(self, start: int, stop: int) -> np.ndarray:
+        """Images of the global sample indices [start, stop), uint8 (n, H, W, C).
+
+        Groups are decoded whole, like they are drawn, so that pixels do not depend on the bounds either.
+        """
+        size = self.sampling.group_size
+        first, last = start // size, -(-stop // size)
+        images = np.concatenate([self._decode(self.codes(g * size, (g + 1) * size)) for g in range(first, last)])
+        return images[start - first * size : stop - first * size]
+
+    @torch.inference_mode()
+    def _decode(self, codes_NL: np.ndarray) -> np.ndarray:
+        grid = self.model.config.grid
+        codes = torch.from_numpy(codes_NL).to(self.device).view(-1, *grid)
+        return to_uint8(self.tokenizer.decode(codes)).cpu().numpy()
+
+    @torch.inference_mode()
+    def nll(self, codes_NL: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood of whole images in nats, float64 (n,), summed over their codes."""
+        codes, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (codes_NL, labels_N))
+        return nll(self.model(codes, labels), codes).double().cpu().numpy()

@@ -1,0 +1,78 @@
+"""Values with error bars."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value.
+
+    Attributes:
+        value: the plain estimate.
+        num_samples: images behind it. Part of the meaning: a Fréchet distance falls as it grows.
+        standard_error: one standard deviation over repeated draws of those images; None where none is defined.
+        bias_corrected: the value with its bias of order 1 / num_samples removed; None where there is no such bias.
+    """
+
+    value: float
+    num_samples: int
+    standard_error: float | None = None
+    bias_corrected: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a record; bias_corrected only where it is defined."""
+        content: dict[str, Any] = {"value": self.value, "standard_error": self.standard_error, "num_samples": self.num_samples}
+        return content if self.bias_corrected is None else {**content, "bias_corrected": self.bias_corrected}
+
+
+def mean_estimate(values: np.ndarray) -> Estimate:
+    """Mean of one number per image (n,) with the usual standard error; None of it for a single image."""
+    n = len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Estimate(float(np.mean(values)), n, error)
+
+
+def jackknife(value: float, without_block: Sequence[float], num_samples: int) -> Estimate:
+    """Delete-block jackknife over K blocks of equal size (Quenouille 1949, Tukey 1958).
+
+    Args:
+        value: the statistic over all images.
+        without_block: the statistic over all images but those of block k, for each k.
+        num_samples: images behind `value`.
+    """
+    k = len(without_block)
+    mean = float(np.mean(without_block))
+    variance = (k - 1) / k * float(np.sum((np.asarray(without_block) - mean) ** 2))
+    return Estimate(value, num_samples, float(np.sqrt(variance)), k * value - (k - 1) * mean)
+
+
+def assign_blocks(num_images: int, num_blocks: int) -> np.ndarray:
+    """The block of each image, int64 (num_images,), sizes equal to within one.
+
+    A fixed pseudo-random assignment: neither images sorted by class nor labels that come in turn can line up with the blocks.
+    """
+    keys = np.random.Philox(key=num_images).random_raw(num_images)
+    blocks = np.empty(num_images, dtype=np.int64)
+    blocks[np.argsort(keys, kind="stable")] = np.arange(num_images) % num_blocks
+    return blocks
+
+
+def leave_one_out(statistic: Callable[[np.ndarray], float], counts: np.ndarray, num_samples: int) -> Estimate:
+    """Jackknife of a statistic of histograms: `counts` int64 (K, V), one histogram per block."""
+    total = counts.sum(axis=0)
+    return jackknife(statistic(total), [statistic(total - block) for block in counts], num_samples)
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of a histogram (V,): the number of equally used codes with the same entropy."""
+    p = counts[counts > 0] / counts.sum()
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def usage(counts: np.ndarray) -> float:
+    """Share of the entries of a histogram (V,) that occur at all."""
+    return float(np.mean(counts > 0))

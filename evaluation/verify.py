@@ -1,0 +1,37 @@
+"""`verify`: finds out what an artefact is and checks it to the last byte."""
+
+from cluster import checkpoints
+from cluster.verify_run import verify_run
+from evaluation.records import record_problems
+from pipeline import storage
+from pipeline.code_dataset.verify import verify_code_dataset
+from pipeline.tokenizers import open_tokenizer
+from stages.errors import ArtefactError
+from stages.first_stage.artefact import CONFIG
+
+
+def verify_artefact(path: str) -> list[str]:
+    """Problems of the tokenizer, code dataset, run, checkpoint or evaluation record at `path`; empty when it is sound.
+
+    Raises:
+        ArtefactError: there is nothing at the path, or nothing known.
+    """
+    if path.endswith(".json"):
+        return record_problems(path)
+    names = {file[len(path.rstrip("/")) + 1 :] for file in storage.list_files(path)}
+    if not names:
+        raise ArtefactError(f"PATH is {path}, but there is nothing there. Name an existing artefact.")
+    tops = {name.split("/")[0] for name in names}
+    if {"versions", "plans", "manifests"} & tops:
+        return verify_code_dataset(path)
+    if checkpoints.COMMIT in names:
+        return checkpoints.commit_problems(checkpoints.open_commit(path))
+    if CONFIG in names:
+        try:
+            open_tokenizer(path)
+        except ArtefactError as error:
+            return [str(error)]
+        return []
+    if "checkpoints" in tops:
+        return verify_run(path)
+    raise ArtefactError(f"PATH is {path}, but it is no tokenizer, code dataset, run, checkpoint or record. Name one of these.")

@@ -1,0 +1,255 @@
+"""Tessera's one entry point: `python ray_job.py COMMAND …`, on a laptop, on a cluster, or inside `ray job submit`.
+
+Each command turns a configuration into the options of one function and calls it. Exit codes: 0 done, 1 failed or damaged,
+2 usage or configuration.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from stages.config import load_config, select_sections, to_dict
+from stages.errors import ConfigError, TesseraError
+from stages.options import Config
+
+T = TypeVar("T")
+
+def select(cls: type[T], config: Config, **extra: Any) -> T:
+    """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own."""
+    from pipeline.storage import absolute
+
+    def resolve(section: Any) -> Any:
+        names = [name for name in ("path", "holdout_path") if getattr(section, name, None)]
+        return dataclasses.replace(section, **{name: absolute(getattr(section, name)) for name in names})
+
+    return select_sections(cls, dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}), **extra)
+
+
+def checked_config(args: argparse.Namespace) -> Config:
+    """The configuration of a command line, with every check that needs no actor."""
+    from cluster.job_plan import check_config
+
+    config = load_config(args.config, args.overrides)
+    check_config(config)
+    return config
+
+
+def run_plan(args: argparse.Namespace) -> Any:
+    from cluster.job_plan import derive, render
+    from pipeline.sources import open_source
+
+    config = checked_config(args)
+    source = open_source(config.source, config.images)
+    derived = derive(config, len(source.list_images("train")), len(source.class_names))
+    print(render(config, derived))
+    return {"config": to_dict(config), "derived": derived}
+
+
+def run_train_tokenizer(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect
+    from cluster.tokenizer_job import TokenizerJobOptions, train_tokenizer
+
+    options = select(TokenizerJobOptions, checked_config(args))
+    connect()
+    return train_tokenizer(options)
+
+
+def run_import_tokenizer(args: argparse.Namespace) -> Any:
+    from pipeline.storage import absolute, local_copy
+    from pipeline.tokenizers import store_tokenizer
+    from stages.first_stage.import_export import import_tokenizer
+
+    tokenizer = import_tokenizer(local_copy(args.file), args.format)
+    return {"tokenizer": absolute(args.output), "fingerprint": store_tokenizer(tokenizer, absolute(args.output))}
+
+
+def run_export_tokenizer(args: argparse.Namespace) -> Any:
+    from pipeline.tokenizers import open_tokenizer
+    from stages.first_stage.import_export import export_tokenizer
+
+    tokenizer = open_tokenizer(args.tokenizer)
+    return {"file": export_tokenizer(tokenizer, args.format, args.output), "fingerprint": tokenizer.fingerprint}
+
+
+def run_tokenize(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect, user_errors
+    from pipeline.tokenize_images import TokenizeOptions, tokenize
+
+    options = select(TokenizeOptions, checked_config(args))
+    connect()
+    with user_errors():
+        return tokenize(options)
+
+
+def run_train(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect
+    from cluster.train_job import train
+    from cluster.train_loop import TrainJobOptions
+
+    options = select(TrainJobOptions, checked_config(args))
+    connect()
+    return train(options)
+
+
+def run_sample(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect
+    from cluster.sample_job import SampleJobOptions, sample
+
+    options = select(SampleJobOptions, checked_config(args), checkpoint=args.checkpoint)
+    connect()
+    return sample(options)
+
+
+def run_evaluate(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect, user_errors
+    from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
+
+    options = select(EvaluateOptions, checked_config(args), checkpoint=args.checkpoint)
+    connect()
+    with user_errors():
+        if args.verify:
+            return _verdict(args.verify, verify_record(args.verify, options))
+        return evaluate(options).summary()
+
+
+def run_nightly(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect, user_errors
+    from evaluation.evaluate import EvaluateOptions
+    from evaluation.nightly import nightly
+
+    options = select(EvaluateOptions, checked_config(args))
+    connect()
+    with user_errors():
+        return nightly(options)
+
+
+def run_verify(args: argparse.Namespace) -> Any:
+    from evaluation.verify import verify_artefact
+    from pipeline.storage import absolute
+
+    path = absolute(args.path)
+    return _verdict(path, verify_artefact(path))
+
+
+def _verdict(path: str, problems: list[str]) -> dict[str, Any]:
+    for problem in problems:
+        print(problem)
+    print(f"{path}: " + ("sound" if not problems else f"{len(problems)} problem(s)"))
+    return {"path": path, "ok": not problems, "problems": problems}
+
+
+def run_demo(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connect
+    from evaluation.demo import DEMO_OBJECT_STORE_BYTES, demo
+    from pipeline.storage import absolute
+
+    connect(object_store_bytes=DEMO_OBJECT_STORE_BYTES)
+    return demo(absolute(args.output), args.source)
+
+
+def run_submit(args: argparse.Namespace) -> Any:
+    from cluster.submit import submit
+
+    job = submit(args.address, args.command_line)
+    if job["exit_code"]:
+        raise SystemExit(job["exit_code"])
+    return job
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="ray_job.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  python ray_job.py {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON summary as the last line of stdout")
+        command.set_defaults(run=run)
+        return command
+
+    def configured(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command.add_argument("-c", "--config", required=True, metavar="CONFIG", help="YAML file; see docs/configuration.md")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="merged on top of the file")
+        return command
+
+    demo = add("demo", run_demo, "Everything once, small, in minutes.", "--output demo_output")
+    demo.add_argument("--output", default="demo_output", help="folder for all artefacts and the report")
+    demo.add_argument("--source", default="scenes", help="scenes, fashion-mnist, or a folder of images")
+    configured(add("plan", run_plan, "Checks a configuration and prints what follows from it.", "-c configs/demo.yaml"))
+    configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
+    importer = add("import-tokenizer", run_import_tokenizer, "Makes a tokenizer of published weights.", "last.ckpt --output runs/tokenizer")
+    importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
+    importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
+    importer.add_argument("--output", required=True, help="folder of the new tokenizer")
+    exporter = add("export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported")
+    exporter.add_argument("tokenizer", help="folder of a tokenizer")
+    exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
+    exporter.add_argument("--output", required=True, help="folder for the weights")
+    configured(add("tokenize", run_tokenize, "Turns images into a code dataset.", "-c configs/demo.yaml codes.path=s3://bucket/codes"))
+    verify = add("verify", run_verify, "Checks any artefact to the last byte.", "runs/codes")
+    verify.add_argument("path", help="tokenizer, code dataset, run, checkpoint or evaluation record")
+    configured(add("train", run_train, "Trains the transformer; resumes by itself.", "-c configs/demo.yaml train.num_steps=2000"))
+    sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
+    sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
+    evaluate = configured(add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
+    evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
+    evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
+    configured(add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
+    submit = add("submit", run_submit, "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
+    submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
+    submit.add_argument("command_line", nargs=argparse.REMAINDER, help="a ray_job.py command with its arguments")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parses the command line; overrides may stand anywhere after the command."""
+    args, rest = parser.parse_known_args(arguments)
+    strays = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(args, "overrides")]
+    if strays:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = parse(build_parser(), arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        summary = args.run(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        _disconnect()
+    summary = dataclasses.asdict(summary) if dataclasses.is_dataclass(summary) else summary
+    if args.json:
+        print(json.dumps(summary), flush=True)
+    return 1 if summary.get("ok") is False else summary.get("exit_code", 0)
+
+
+def _disconnect() -> None:
+    """Leaves Ray before the summary is printed, so that no worker's output can follow it."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Configuration: YAML for people, frozen dataclasses for code, `section.key=value` arguments merged on top.
+
+`python -m stages.config` prints docs/configuration.md.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from stages.errors import ConfigError
+from stages.options import Config
+
+T = TypeVar("T")
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a YAML file with `section.key=value` overrides merged on top.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise ConfigError(f"-c is {path}, but it cannot be read: {error.strerror}. Name an existing YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-c is {path}, but it is not valid YAML: {error}. Mend the file.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"-c is {path}, but it holds no mapping of sections. Start it with `run:`, `source:` ....")
+    for override in overrides:
+        _merge(tree, override)
+    return build(Config, tree)
+
+
+def _merge(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"Argument is {override!r}, but overrides read section.key=value. Write e.g. train.num_steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(tree.setdefault(section, {}) or {}, dict):
+        raise ConfigError(f"{section} is {tree[section]!r}, but it must be a section of keys. Indent its keys under it.")
+    tree[section] = {**(tree[section] or {}), name: value}
+
+
+def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """An options dataclass from a mapping, refusing unknown keys, wrong types and values out of bounds.
+
+    Raises:
+        ConfigError: naming the key, the value and the rule.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in fields:
+            allowed = ", ".join(sorted(fields))
+            raise ConfigError(f"{prefix}{name} is given, but there is no such key. Keys allowed here: {allowed}.")
+    arguments = {}
+    for name, value in values.items():
+        key, hint = f"{prefix}{name}", hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value or {}, Mapping):
+                raise ConfigError(f"{key} is {value!r}, but it must be a section of keys. Indent its keys under it.")
+            arguments[name] = build(typing.cast(type, hint), value or {}, f"{key}.")
+        else:
+            arguments[name] = convert(key, value, hint)
+            _check_bounds(key, arguments[name], fields[name].metadata)
+    return cls(**arguments)
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type `hint`: int, float, str, bool, Literal, tuple[X, ...] or a union with None.
+
+    YAML 1.1 reads `3e-4` as a string, so a float field also takes a string that spells a number.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return convert(key, value, inner)
+    if origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        choices = ", ".join(str(choice) for choice in arguments)
+        raise ConfigError(f"{key} is {value!r}, but it must be one of: {choices}. Choose one of these.")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} is {value!r}, but it must be a list. Write it as [a, b].")
+        return tuple(convert(f"{key}[{i}]", item, arguments[0]) for i, item in enumerate(value))
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+    raise ConfigError(f"{key} is {value!r}, but it must be {wanted}. Change its value.")
+
+
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    low, high, above = (bounds.get(name) for name in ("low", "high", "above"))
+    if low is not None and value < low:
+        raise ConfigError(f"{key} is {value}, but it must be at least {low}. Raise it.")
+    if high is not None and value > high:
+        raise ConfigError(f"{key} is {value}, but it must be at most {high}. Lower it.")
+    if above is not None and not value > above:
+        raise ConfigError(f"{key} is {value}, but it must be above {above}. Raise it.")
+
+
+def select_sections(cls: type[T], config: Config, **extra: Any) -> T:
+    """An options dataclass `cls` whose fields are sections of `config`, or given in `extra`."""
+    names = {f.name for f in dataclasses.fields(config)}
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name in names}  # type: ignore[arg-type]
+    return cls(**sections, **extra)
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """A dataclass as plain YAML/JSON values (tuples become lists)."""
+    return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_yaml(options: Any) -> str:
+    """A dataclass as YAML text that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(options), sort_keys=False, default_flow_style=None)
+
+
+def reference_page() -> str:
+    """docs/configuration.md: every section and key with its type, default and meaning."""
+    lines = ["# Configuration", "", _PREAMBLE]
+    hints = typing.get_type_hints(Config)
+    for section in dataclasses.fields(Config):
+        cls = hints[section.name]
+        lines += ["", f"## {section.name}", "", (cls.__doc__ or "").strip(), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for f in dataclasses.fields(cls):
+            default = _plain(f.default)
+            lines.append(f"| `{f.name}` | {_type_name(typing.get_type_hints(cls)[f.name])} | `{default}` | {f.metadata['text']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _type_name(arguments[0]) + ", optional"
+    if origin is typing.Literal:
+        return " or ".join(str(choice) for choice in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    return hint.__name__
+
+
+_PREAMBLE = """A configuration is one YAML file of the sections below; every key has a default. `section.key=value` arguments on the
+command line are merged on top. Unknown keys, wrong types and values out of range are refused with the rule they break.
+`python ray_job.py plan -c FILE` prints everything that follows from a configuration before any work starts, and every
+command saves the resolved configuration beside its output. This page is made from the code: `python -m stages.config`."""
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -1,0 +1,106 @@
+"""The tokenizer on disk: `tokenizer.safetensors` and, written last, `config.json` with the fingerprint of both."""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from stages.errors import ArtefactError
+from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+
+WEIGHTS, CONFIG = "tokenizer.safetensors", "config.json"
+FORMAT_VERSION = 1
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """sha-256 over the architecture and every tensor (name, shape, float32 little-endian bytes) in name order."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(tokenizer.config), sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}:{tuple(values.shape)}".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
+    """Writes the artefact into a local folder and returns its fingerprint.
+
+    Raises:
+        ArtefactError: the folder already holds another tokenizer; artefacts are never overwritten.
+    """
+    baked = tokenizer.baked()
+    mark = fingerprint(baked)
+    config_path = os.path.join(folder, CONFIG)
+    if os.path.exists(config_path):
+        present = read_config(folder)["fingerprint"]
+        if present != mark:
+            raise ArtefactError(f"{folder} is the folder of tokenizer {present}, but {mark} was to be written. Choose another folder.")
+        return mark
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()}
+    _write_durably(os.path.join(folder, WEIGHTS), lambda path: save_file(tensors, path))
+    text = json.dumps(
+        {"format": "tessera-tokenizer", "format_version": FORMAT_VERSION, "fingerprint": mark, **dataclasses.asdict(baked.config)}, indent=2
+    )
+    _write_durably(config_path, lambda path: _write_text(path, text))
+    return mark
+
+
+def read_config(folder: str) -> dict:
+    """The stored configuration with its fingerprint.
+
+    Raises:
+        ArtefactError: there is no finished tokenizer here, or one of an unknown format.
+    """
+    path = os.path.join(folder, CONFIG)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"tokenizer.path is {folder}, but there is no {CONFIG} in it. Run train-tokenizer or import-tokenizer first."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Restore or re-create the tokenizer.") from None
+    if not isinstance(content, dict) or content.get("format") != "tessera-tokenizer" or content.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(f"{path} is not a tokenizer of format version {FORMAT_VERSION}, but it must be. Re-create the tokenizer.")
+    return content
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a local folder, in eval mode, with its fingerprint recomputed and compared.
+
+    Raises:
+        ArtefactError: missing, unfinished or damaged.
+    """
+    content = read_config(folder)
+    names = [f.name for f in dataclasses.fields(TokenizerConfig)]
+    try:
+        values = {name: content[name] for name in names}
+        config = TokenizerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        tokenizer = Tokenizer(config)
+        tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
+    except (KeyError, RuntimeError, OSError, ValueError, SafetensorError) as error:
+        raise ArtefactError(f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it.") from error
+    found = fingerprint(tokenizer)
+    if found != content["fingerprint"]:
+        raise ArtefactError(f"{folder} is a damaged tokenizer: its fingerprint is {content['fingerprint']}, but its tensors give {found}.")
+    tokenizer.fingerprint = found
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _write_durably(path: str, write) -> None:
+    temporary = f"{path}.tmp-{os.getpid()}"
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

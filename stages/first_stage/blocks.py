@@ -1,0 +1,191 @@
+"""Convolutional encoder and decoder of the VQGAN (Esser et al. 2020; layout of CompVis/taming-transformers).
+
+Module names are chosen so that state-dict keys equal those of the published checkpoints. Numerical parity depends on: GroupNorm
+with 32 groups and eps 1e-6, SiLU, padding only right and bottom before a strided convolution, nearest-neighbour upsampling, and
+attention placed by the resolution the network was configured for.
+
+Shapes: B batch, C channels, H and W spatial, L = H * W.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_GROUPS = 32
+NORM_EPS = 1e-6
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm whose statistics are computed in float32 whatever the autocast mode."""
+
+    def __init__(self, channels: int):
+        super().__init__(NUM_GROUPS, channels, eps=NORM_EPS)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            normed = F.group_norm(x_BCHW.float(), self.num_groups, self.weight, self.bias, self.eps)
+        return normed.to(x_BCHW.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, 3x3 convolution, twice, around a shortcut (1x1 where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = Norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = Norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x_BCHW)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return hidden + (x_BCHW if self.nin_shortcut is None else self.nin_shortcut(x_BCHW))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, added to its input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = Norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        b, c, h, w = x_BCHW.shape
+        normed = self.norm(x_BCHW)
+        q_BLC, k_BLC, v_BLC = (proj(normed).flatten(2).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        mixed_BLC = F.scaled_dot_product_attention(q_BLC[:, None], k_BLC[:, None], v_BLC[:, None])[:, 0]
+        return x_BCHW + self.proj_out(mixed_BLC.transpose(1, 2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Module):
+    """Halves the image with a strided 3x3 convolution, zero-padded on the right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the image by nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class _Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x_BCHW = block(x_BCHW)
+            if len(self.attn):
+                x_BCHW = self.attn[i](x_BCHW)
+        return x_BCHW
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x_BCHW)))
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) to features (B, z_channels, H / f, W / f) with f = 2 ** (number of levels - 1)."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        base_channels: int,
+        channel_multipliers: tuple[int, ...],
+        num_res_blocks: int,
+        attention_resolutions: tuple[int, ...],
+        resolution: int,
+        z_channels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        widths = [base_channels * m for m in channel_multipliers]
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([base_channels] + widths, widths)):
+            level = _Level(before, width, num_res_blocks, resolution >> i in attention_resolutions, dropout)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = _Middle(widths[-1], dropout)
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.conv_in(x_BCHW)
+        for level in self.down:
+            hidden = level(hidden)
+            if hasattr(level, "downsample"):
+                hidden = level.downsample(hidden)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) to images (B, out_channels, h * f, w * f), not squashed or clamped.
+
+    `up` is stored from high to low resolution and run backwards, as in the published checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        out_channels: int,
+        base_channels: int,
+        channel_multipliers: tuple[int, ...],
+        num_res_blocks: int,
+        attention_resolutions: tuple[int, ...],
+        resolution: int,
+        z_channels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        widths = [base_channels * m for m in channel_multipliers]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1], dropout)
+        self.up = nn.ModuleList()
+        for i, (before, width) in enumerate(zip(widths[1:] + widths[-1:], widths)):
+            level = _Level(before, width, num_res_blocks + 1, resolution >> i in attention_resolutions, dropout)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = Norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        hidden = self.mid(self.conv_in(z_BCHW))
+        for level in reversed(self.up):
+            hidden = level(hidden)
+            if hasattr(level, "upsample"):
+                hidden = level.upsample(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))

@@ -1,0 +1,15 @@
+"""Between uint8 pixels and what the networks see. The only place where pixel scaling is defined."""
+
+import torch
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, C) in 0..255 to float32 (B, C, H, W) in [-1, 1] by x / 127.5 - 1, as the original system."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float (B, C, H, W) around [-1, 1], clamped, to uint8 (B, H, W, C), truncating as the original system does."""
+    scaled = (images.float().clamp(-1.0, 1.0) + 1.0) * 127.5
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,137 @@
+"""The tokenizer: images to codes and back."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.errors import ConfigError
+from stages.first_stage.blocks import NUM_GROUPS, Decoder, Encoder
+from stages.first_stage.quantizer import Quantized, VectorQuantizer
+from stages.options import ImageOptions, TokenizerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Architecture of a tokenizer; with the tensors it determines the fingerprint.
+
+    `quantizer` is "vq" (nearest entry, Euclidean) or, only while training, "vq-l2": saving bakes the normalised codebook, after
+    which Euclidean nearest neighbour gives the same codes.
+    """
+
+    resolution: int
+    in_channels: int
+    codebook_size: int
+    codebook_dim: int
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    z_channels: int
+    quantizer: str = "vq"
+    dropout: float = 0.0
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+class Tokenizer(nn.Module):
+    """VQGAN without its losses. State-dict keys are those of CompVis `VQModel`.
+
+    Attributes:
+        config: the architecture.
+        fingerprint: sha-256 of tensors and configuration; set on tokenizers loaded from an artefact, else "".
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.fingerprint = ""
+        common = dict(
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            num_res_blocks=config.num_res_blocks,
+            attention_resolutions=config.attention_resolutions,
+            resolution=config.resolution,
+            z_channels=config.z_channels,
+            dropout=config.dropout,
+        )
+        self.encoder = Encoder(in_channels=config.in_channels, **common)  # type: ignore[arg-type]
+        self.decoder = Decoder(out_channels=config.in_channels, **common)  # type: ignore[arg-type]
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, config.quantizer == "vq-l2")
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def downsample(self) -> int:
+        return self.config.downsample
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """Rows and columns of codes of a square image of `size` pixels."""
+        return size // self.downsample, size // self.downsample
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Codes of float images in [-1, 1], int64 (B, h * w), row by row."""
+        return self.quantize.encode(self.quant_conv(self.encoder(images_BCHW))).flatten(1)
+
+    def decode(self, codes_BHW: Tensor) -> Tensor:
+        """Images (B, C, H, W) of int64 codes (B, h, w); around [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(self.quantize.decode(codes_BHW)))
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Quantized]:
+        """Reconstructions and what the losses need."""
+        quantized = self.quantize(self.quant_conv(self.encoder(images_BCHW)))
+        return self.decoder(self.post_quant_conv(quantized.z_BDHW)), quantized
+
+    @torch.no_grad()
+    def baked(self) -> "Tokenizer":
+        """This tokenizer as it is stored: Euclidean, with the codebook as the decoder sees it."""
+        config = TokenizerConfig(**{**self.config.__dict__, "quantizer": "vq", "dropout": 0.0})
+        copy = Tokenizer(config).to(self.quantize.embedding.weight.device)
+        copy.load_state_dict({**self.state_dict(), "quantize.embedding.weight": self.quantize.codebook()})
+        return copy.eval()
+
+
+def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> TokenizerConfig:
+    """The architecture asked for by a configuration.
+
+    Raises:
+        ConfigError: the image cannot be halved that often, or a width does not fit the normalisation groups.
+    """
+    if options.base_channels % NUM_GROUPS:
+        raise ConfigError(
+            f"tokenizer.base_channels is {options.base_channels}, but it must be a multiple of {NUM_GROUPS} (normalisation groups). "
+            f"Use {-(-options.base_channels // NUM_GROUPS) * NUM_GROUPS}."
+        )
+    factor = 2 ** (len(options.channel_multipliers) - 1)
+    if images.size % factor:
+        raise ConfigError(
+            f"images.size is {images.size}, but it must be a multiple of {factor}, since tokenizer.channel_multipliers has "
+            f"{len(options.channel_multipliers)} levels. Use {-(-images.size // factor) * factor}, or fewer levels."
+        )
+    return TokenizerConfig(
+        resolution=images.size,
+        in_channels=images.channels,
+        codebook_size=options.codebook_size,
+        codebook_dim=options.codebook_dim,
+        base_channels=options.base_channels,
+        channel_multipliers=options.channel_multipliers,
+        num_res_blocks=options.num_res_blocks,
+        attention_resolutions=options.attention_resolutions,
+        z_channels=options.z_channels,
+        quantizer=options.quantizer,
+        dropout=options.dropout,
+    )
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, of uint8 tensors (B, H, W, C)."""
+    mse = F.mse_loss(images.float(), reconstructions.float(), reduction="none").flatten(1).mean(1)
+    return 10.0 * torch.log10(255.0**2 / mse.clamp_min(1e-10))

@@ -1,0 +1,229 @@
+"""Every option of the system, one frozen keyword-only dataclass per configuration section.
+
+The text beside each field is its documentation: `docs/configuration.md` is made from it (`python -m stages.config`).
+Only dataclasses live here, so that reading a configuration imports neither torch nor ray.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+
+def option(
+    default: Any = MISSING, text: str = "", *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
+    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
+    metadata = {"text": text, "low": low, "high": high, "above": above}
+    if isinstance(default, dict | list):
+        raise TypeError("option defaults are immutable: use a tuple")
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """One training history of a transformer."""
+
+    path: str = option("runs/default", "Folder of checkpoints, logs and records. Local or s3://.")
+    seed: int = option(0, "Seeds weights, sample order, view choice, dropout and condition dropping.", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Where images come from."""
+
+    name: str = option("scenes", "A name from pipeline.sources.SOURCES, or `package.module:Class`.")
+    path: str | None = option(None, "Folder, list file or Parquet files. Not needed by `scenes`.")
+    num_images: int | None = option(None, "Use the first so many training images; all of them if not given.", low=1)
+    seed: int = option(0, "Seed of generated sources (`scenes`) and of the holdout split.", low=0)
+    holdout_path: str | None = option(None, "Held-out images for evaluation, where the source has no split of its own.")
+    holdout_fraction: float = option(
+        0.0, "Without holdout_path: share of the images, chosen by hash, kept out of training.", low=0.0, high=0.9
+    )
+    num_holdout_images: int | None = option(None, "Use the first so many held-out images; all of them if not given.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """What is done to an image before the tokenizer sees it. Part of the code dataset's identity."""
+
+    size: int = option(256, "Side of the square image in pixels.", low=8)
+    channels: Literal[1, 3] = option(3, "1 for grey, 3 for RGB.")
+    crop: Literal["center"] = option("center", "center: shorter side to `size` with antialiasing, then the middle.")
+    views: tuple[str, ...] = option(("center",), "Views stored per image: center, flip.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """The VQGAN: its folder and, for training one, its architecture (reference: Esser et al. 2020, section 3.1)."""
+
+    path: str = option("runs/tokenizer", "Folder of the tokenizer artefact.")
+    codebook_size: int = option(1024, "Number of codebook entries.", low=2, high=1 << 20)
+    codebook_dim: int = option(8, "Width of a codebook entry.", low=1)
+    quantizer: Literal["vq-l2", "vq"] = option("vq-l2", "vq-l2: l2-normalised codes; vq: Euclidean.")
+    base_channels: int = option(128, "Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups).", low=32)
+    channel_multipliers: tuple[int, ...] = option((1, 1, 2, 2, 4), "Per level; each level but the last halves the image.")
+    num_res_blocks: int = option(2, "Residual blocks per level.", low=1)
+    attention_resolutions: tuple[int, ...] = option((16,), "Feature-map sides at which self-attention is used.")
+    z_channels: int = option(256, "Channels between encoder and quantizer.", low=1)
+    dropout: float = option(0.0, "Dropout inside residual blocks.", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainOptions:
+    """How a tokenizer is trained. Schedules count images seen, so they do not change with the batch size."""
+
+    num_samples: int = option(1_000_000, "Images to train on.", low=1)
+    global_batch_size: int = option(64, "Images per optimizer step over all workers.", low=1)
+    learning_rate: float = option(1e-4, "Peak learning rate of both optimizers.", above=0.0)
+    warmup_samples: int = option(0, "Images over which the learning rate rises from 0.", low=0)
+    decay: Literal["cosine", "none"] = option("cosine", "Learning-rate schedule after the warm-up.")
+    weight_average_decay: float = option(0.999, "Decay of the exponential average of the weights; 0 turns it off.", low=0.0, high=1.0)
+    l1_weight: float = option(1.0, "Weight of the absolute pixel difference.", low=0.0)
+    l2_weight: float = option(0.0, "Weight of the squared pixel difference.", low=0.0)
+    codebook_weight: float = option(1.0, "Weight of |sg[z] - e|^2, which moves the codebook.", low=0.0)
+    commitment_weight: float = option(0.25, "Weight of |z - sg[e]|^2, which moves the encoder.", low=0.0)
+    discriminator_weight: float = option(0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0)
+    discriminator_channels: int = option(64, "Channels of the discriminator's first layer.", low=8)
+    discriminator_layers: int = option(3, "Strided layers of the patch discriminator.", low=1, high=5)
+    discriminator_start_samples: int = option(
+        0, "The discriminator learns from the start; its term joins the generator's loss after so many images.", low=0
+    )
+    discriminator_ramp_samples: int = option(0, "Images over which that term rises to its full weight.", low=0)
+    adaptive_weight: bool = option(True, "Scale the adversarial term by the ratio of last-layer gradients.")
+    max_adaptive_weight: float = option(100.0, "Cap of that ratio.", above=0.0)
+    grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
+    revive_every_steps: int = option(200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0)
+    precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, with distances, norms and losses in fp32.")
+    log_every_steps: int = option(50, "Steps between two log lines.", low=1)
+    checkpoint_every_steps: int = option(500, "Steps between two commits.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesOptions:
+    """The code dataset."""
+
+    path: str = option("runs/codes", "Folder of the code dataset. Local or s3://.")
+    shard_size: int = option(512, "Images per shard: what one task decodes, encodes and commits.", low=1)
+    encode_batch_size: int = option(64, "Images per encoder call. Part of the identity: it can decide near ties.", low=1)
+    encode_precision: Literal["fp32", "bf16"] = option("fp32", "fp32 is the parity mode. Part of the identity.")
+    num_encoder_actors: int = option(1, "Encoders in the actor pool.", low=1)
+    max_quarantined_fraction: float = option(0.01, "More unusable images than this share fail the job.", low=0.0, high=1.0)
+    verify_on_open: bool = option(True, "Hash every part before training starts.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The decoder-only transformer. Vocabulary, sequence length and classes follow from the code dataset."""
+
+    num_layers: int = option(12, "Blocks.", low=1)
+    hidden_size: int = option(768, "Width.", low=8)
+    num_heads: int = option(12, "Attention heads; hidden_size / num_heads must be a multiple of 4 (2-D RoPE).", low=1)
+    ffn_size: int | None = option(None, "Width of the SwiGLU layer; 8/3 hidden_size rounded up to 64 if not given.", low=8)
+    residual_dropout: float = option(0.1, "Dropout on what each branch adds.", low=0.0, high=0.9)
+    embedding_dropout: float = option(0.1, "Dropout on the embedded codes.", low=0.0, high=0.9)
+    qk_norm: bool = option(True, "RMS-normalise queries and keys per head.")
+    rope_base: float = option(10000.0, "Base of the rotary frequencies.", above=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningOptions:
+    """What precedes the codes."""
+
+    name: str = option("class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`.")
+    cond_drop_prob: float = option(0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """AdamW and its schedule for the transformer."""
+
+    learning_rate: float = option(3e-4, "Peak learning rate.", above=0.0)
+    betas: tuple[float, ...] = option((0.9, 0.95), "AdamW betas.")
+    weight_decay: float = option(0.05, "On matrices only: norms, biases and embeddings are not decayed.", low=0.0)
+    warmup_steps: int = option(100, "Steps over which the learning rate rises from 0.", low=0)
+    schedule: Literal["cosine", "constant"] = option("cosine", "After the warm-up.")
+    min_learning_rate_ratio: float = option(0.05, "Where the cosine ends, as a share of the peak.", low=0.0, high=1.0)
+    grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The transformer's training loop."""
+
+    global_batch_size: int = option(256, "Rows per optimizer step over all workers.", low=1)
+    micro_batch_size: int = option(32, "Rows per forward pass of one worker.", low=1)
+    num_steps: int = option(10_000, "Optimizer steps of the whole run.", low=1)
+    checkpoint_every_steps: int = option(1000, "Steps between two commits.", low=1)
+    keep_checkpoints: int = option(3, "Commits kept; older ones are removed. The first is never needed again.", low=1)
+    log_every_steps: int = option(50, "Steps between two log lines.", low=1)
+    precision: Literal["fp32", "bf16"] = option("bf16", "Compute precision of the transformer.")
+    deterministic: bool = option(False, "Refuse operations whose result is not bitwise reproducible.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedOptions:
+    """DeepSpeed ZeRO."""
+
+    zero_stage: Literal[0, 1, 2, 3] = option(1, "What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions:
+    """Workers of the two training jobs."""
+
+    num_workers: int = option(1, "Training processes (world size).", low=1)
+    use_gpu: bool = option(False, "One GPU per worker.")
+    cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)
+    threads_per_worker: int | None = option(None, "Torch threads per worker; cpus_per_worker rounded up if not given.", low=1)
+    max_failures: int = option(3, "Times a job restarts its workers from the last commit before it gives up.", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How codes are drawn. A sample depends on the checkpoint, these options and its global index, nothing else."""
+
+    path: str = option("runs/samples", "Folder of the samples that `sample` writes.")
+    num_samples: int = option(64, "Samples that `sample` draws.", low=1)
+    labels: tuple[int, ...] | None = option(None, "Classes to draw, cycled by sample index; all classes if not given.")
+    cfg_scale: float = option(1.0, "Classifier-free guidance; 1 turns it off.", low=0.0)
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] = option("constant", "How guidance grows over the codes.")
+    cfg_power: float = option(2.75, "Exponent of power-cosine (RAR, Yu et al. 2024).", above=0.0)
+    temperature: float = option(1.0, "Divides the logits.", above=0.0)
+    top_k: int | None = option(None, "Keep the k likeliest codes; all if not given.", low=1)
+    top_p: float = option(1.0, "Keep the smallest set of codes with this much probability.", above=0.0, high=1.0)
+    seed: int = option(0, "Seeds the draws.", low=0)
+    group_size: int = option(32, "Consecutive indices computed together, always whole, so shapes never change.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is measured, on how many samples, against what."""
+
+    path: str = option("runs/evaluation", "Folder of records, reference statistics and the report.")
+    num_samples: int = option(10_000, "Samples drawn, reconstructions made and held-out images taken.", low=2)
+    num_reference_images: int | None = option(None, "Training images behind the reference statistics; all if not given.", low=2)
+    num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
+    num_feature_actors: int = option(1, "Actors that compute features.", low=1)
+    extractor: str = option("efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`.")
+    extractor_resolution: int = option(224, "Side to which images are resized for the extractor; part of the metric's name.", low=32)
+    num_blocks: int = option(10, "Blocks of the jackknife that gives the standard errors.", low=2)
+    num_grid_images: int = option(64, "Images per grid on the report page.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration. Commands take the sections they need, never this."""
+
+    run: RunOptions = RunOptions()
+    source: SourceOptions = SourceOptions()
+    images: ImageOptions = ImageOptions()
+    tokenizer: TokenizerOptions = TokenizerOptions()
+    tokenizer_train: TokenizerTrainOptions = TokenizerTrainOptions()
+    codes: CodesOptions = CodesOptions()
+    model: ModelOptions = ModelOptions()
+    conditioning: ConditioningOptions = ConditioningOptions()
+    optim: OptimOptions = OptimOptions()
+    train: TrainOptions = TrainOptions()
+    deepspeed: DeepSpeedOptions = DeepSpeedOptions()
+    scaling: ScalingOptions = ScalingOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()

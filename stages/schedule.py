@@ -1,0 +1,16 @@
+"""Learning-rate schedules as pure functions of progress."""
+
+import math
+
+
+def warmup_cosine(position: float, warmup: float, total: float, floor: float) -> float:
+    """Factor in [0, 1]: linear from 0 over `warmup`, then a half cosine down to `floor` at `total`."""
+    if position < warmup:
+        return position / warmup
+    progress = min(1.0, (position - warmup) / max(1.0, total - warmup))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_constant(position: float, warmup: float) -> float:
+    """Factor in [0, 1]: linear from 0 over `warmup`, then 1."""
+    return position / warmup if position < warmup else 1.0

@@ -1,0 +1,75 @@
+"""What precedes the codes. A conditioning embeds labels into prefix tokens with a vocabulary of its own.
+
+Code ids and condition ids never share an embedding row. The null condition, used for classifier-free guidance
+(Ho and Salimans 2022), is one extra row.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import ConfigError
+
+
+class ClassConditioning(nn.Module):
+    """One prefix token per image: its class, or the null condition where the label is negative."""
+
+    num_prefix_tokens = 1
+    is_conditional = True
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        if num_classes < 1:
+            raise ConfigError(
+                "conditioning.name is class, but the code dataset has no classes. Use conditioning.name=none, or a source with labels."
+            )
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        """int64 labels (B,), negative for null, to prefix (B, 1, hidden_size)."""
+        return self.embedding(torch.where(labels_B < 0, self.num_classes, labels_B))[:, None]
+
+    def null(self, labels_B: Tensor) -> Tensor:
+        """Labels of the same shape that mean "no condition"."""
+        return torch.full_like(labels_B, -1)
+
+
+class NoConditioning(nn.Module):
+    """One learned start token, whatever the label."""
+
+    num_prefix_tokens = 1
+    is_conditional = False
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding = nn.Embedding(1, hidden_size)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        """Labels (B,), ignored, to prefix (B, 1, hidden_size)."""
+        return self.embedding(torch.zeros_like(labels_B))[:, None]
+
+    def null(self, labels_B: Tensor) -> Tensor:
+        """Labels of the same shape that mean "no condition"."""
+        return torch.full_like(labels_B, -1)
+
+
+CONDITIONINGS = {
+    "class": "stages.second_stage.conditioning:ClassConditioning",
+    "none": "stages.second_stage.conditioning:NoConditioning",
+}
+
+
+def open_conditioning(name: str, num_classes: int, hidden_size: int) -> nn.Module:
+    """The conditioning of that name, or at that `package.module:Class`.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    target = CONDITIONINGS.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        allowed = ", ".join(sorted(CONDITIONINGS))
+        raise ConfigError(f"conditioning.name is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one.")
+    return getattr(importlib.import_module(module), attribute)(num_classes, hidden_size)

@@ -1,0 +1,116 @@
+"""Sampling codes from a transformer.
+
+A sample depends only on the weights, the options, the seed and its global index. Two things make that exact: the uniform number
+behind every draw is a hash of (seed, index, position), and indices are computed in whole groups of fixed size, so no matrix
+product ever changes its shape with the caller's batch or the number of workers.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.options import SamplingOptions
+from stages.second_stage.transformer import KVCache, Transformer
+
+
+
+def uniforms(seed: int, indices: np.ndarray, position: int) -> np.ndarray:
+    """One number in [0, 1) per global sample index, float64 (n,): 53 bits of a 64-bit mix of (seed, index, position).
+
+    The mixer is SplitMix64's finalizer (Steele et al. 2014), applied between the three inputs.
+    """
+    state = _mix(np.full(len(indices), seed, dtype=np.uint64))
+    state = _mix(state ^ indices.astype(np.uint64))
+    state = _mix(state ^ np.uint64(position))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def cfg_scale_at(options: SamplingOptions, position: int, num_codes: int) -> float:
+    """Guidance at one position: constant, rising linearly, or rising as power-cosine (Yu et al. 2024, RAR).
+
+    Schedules rise from 1 at the first code to cfg_scale at the last.
+    """
+    if options.cfg_schedule == "constant" or num_codes == 1:
+        return options.cfg_scale
+    progress = position / (num_codes - 1)
+    if options.cfg_schedule == "power-cosine":
+        progress = 0.5 * (1.0 - np.cos(np.pi * progress**options.cfg_power))
+    return 1.0 + (options.cfg_scale - 1.0) * float(progress)
+
+
+def filter_logits(logits_BV: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Sets logits outside the top-k and the nucleus to -inf.
+
+    Ties with the k-th logit are kept; the nucleus is taken over what top-k left and includes the code that crosses top_p
+    (Holtzman et al. 2020).
+    """
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
+    if top_p < 1.0:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+        p_BV = sorted_BV.softmax(-1)
+        is_outside = p_BV.cumsum(-1) - p_BV >= top_p
+        logits_BV = logits_BV.masked_fill(is_outside.gather(-1, order_BV.argsort(-1)), -torch.inf)
+    return logits_BV
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions) -> Tensor:
+    """Codes int64 (B,) by inverting the cumulative distribution, in float64, at the given uniforms."""
+    filtered_BV = filter_logits(logits_BV.double() / options.temperature, options.top_k, options.top_p)
+    cumulative_BV = filtered_BV.softmax(-1).cumsum(-1)
+    targets_B1 = uniforms_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
+    codes_B = torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0]
+    return codes_B.clamp_max(logits_BV.shape[-1] - 1)
+
+
+def sample_labels(options: SamplingOptions, indices: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class of each global sample index, int64 (n,): the classes in turn, so any whole number of turns is balanced."""
+    if num_classes == 0:
+        return np.full(len(indices), -1, dtype=np.int64)
+    classes = np.asarray(options.labels if options.labels is not None else range(num_classes), dtype=np.int64)
+    return classes[indices % len(classes)]
+
+
+@torch.inference_mode()
+def sample_group(model: Transformer, options: SamplingOptions, group: int) -> np.ndarray:
+    """Codes of the indices [group * group_size, (group + 1) * group_size), int64 (group_size, L), in raster order."""
+    config = model.config
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    size = options.group_size
+    indices = np.arange(group * size, (group + 1) * size)
+    labels_B = torch.from_numpy(sample_labels(options, indices, config.num_classes)).to(device)
+    guided = options.cfg_scale != 1.0 and model.conditioning.is_conditional
+    fed_labels = torch.cat([labels_B, model.conditioning.null(labels_B)]) if guided else labels_B
+    cache = KVCache(config, len(fed_labels), model.conditioning.num_prefix_tokens + config.num_codes - 1, dtype, device)
+    codes_BL = torch.empty(size, config.num_codes, dtype=torch.int64, device=device)
+    logits = model.prefill(fed_labels, cache)
+    for position in range(config.num_codes):
+        if position > 0:
+            previous_B = codes_BL[:, position - 1]
+            logits = model.step(previous_B.repeat(2) if guided else previous_B, cache)
+        if guided:
+            with_condition, without = logits.double().chunk(2)
+            chosen = without + cfg_scale_at(options, position, config.num_codes) * (with_condition - without)
+        else:
+            chosen = logits
+        uniforms_B = torch.from_numpy(uniforms(options.seed, indices, position))
+        codes_BL[:, position] = draw(chosen, uniforms_B, options)
+    return codes_BL.cpu().numpy()
+
+
+def sample_codes(model: Transformer, options: SamplingOptions, start: int, stop: int) -> np.ndarray:
+    """Codes of the global sample indices [start, stop), int64 (stop - start, L); whole groups are computed and cut to fit."""
+    size = options.group_size
+    groups = range(start // size, -(-stop // size))
+    codes = np.concatenate([sample_group(model, options, group) for group in groups])
+    return codes[start - groups.start * size : stop - groups.start * size]

@@ -1,0 +1,239 @@
+"""Decoder-only transformer over image codes.
+
+Block: RMSNorm, causal attention with 2-D rotary positions and RMS-normalised queries and keys, SwiGLU (as LLaMA and LlamaGen).
+The head starts at zero, so the first loss is exactly ln(codebook_size).
+
+Shapes: B batch, P prefix tokens, L codes, T = P + L - 1 positions fed, C hidden_size, H heads, D head size, V codebook_size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.errors import ConfigError
+from stages.options import ConditioningOptions, ModelOptions
+from stages.second_stage.conditioning import open_conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Everything that determines the module: options plus what follows from the code dataset."""
+
+    codebook_size: int
+    grid: tuple[int, int]
+    num_classes: int
+    conditioning: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    residual_dropout: float
+    embedding_dropout: float
+    qk_norm: bool
+    rope_base: float
+
+    @property
+    def num_codes(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+def ffn_size(options: ModelOptions) -> int:
+    """Width of the SwiGLU layer: as given, or 8/3 of the hidden size rounded up to a multiple of 64."""
+    return options.ffn_size or math.ceil(options.hidden_size * 8 / 3 / 64) * 64
+
+
+def transformer_config(
+    options: ModelOptions, conditioning: ConditioningOptions, *, codebook_size: int, grid: tuple[int, int], num_classes: int
+) -> TransformerConfig:
+    """The module asked for by the options, on a code dataset with these properties.
+
+    Raises:
+        ConfigError: the heads do not divide the width into multiples of 4.
+    """
+    if options.hidden_size % (4 * options.num_heads):
+        raise ConfigError(
+            f"model.hidden_size is {options.hidden_size}, but it must be a multiple of 4 * model.num_heads = {4 * options.num_heads} "
+            f"(2-D rotary positions). Use {math.ceil(options.hidden_size / 4 / options.num_heads) * 4 * options.num_heads}."
+        )
+    return TransformerConfig(
+        codebook_size=codebook_size,
+        grid=grid,
+        num_classes=num_classes,
+        conditioning=conditioning.name,
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        num_heads=options.num_heads,
+        ffn_size=ffn_size(options),
+        residual_dropout=options.residual_dropout,
+        embedding_dropout=options.embedding_dropout,
+        qk_norm=options.qk_norm,
+        rope_base=options.rope_base,
+    )
+
+
+def num_parameters(config: TransformerConfig) -> int:
+    """Parameters of the module, without building it."""
+    c = config
+    per_layer = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.ffn_size + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm
+    prefix = (c.num_classes + 1 if c.conditioning == "class" else 1) * c.hidden_size
+    return c.num_layers * per_layer + 2 * c.codebook_size * c.hidden_size + prefix + c.hidden_size
+
+
+def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, base: float) -> Tensor:
+    """Rotation angles (P + L, D / 2): half of the pairs turn with the row, half with the column; prefix tokens do not turn."""
+    num_pairs = head_size // 4
+    frequencies = base ** (-torch.arange(num_pairs, dtype=torch.float32) / num_pairs)
+    rows = torch.arange(grid[0], dtype=torch.float32)[:, None, None] * frequencies
+    columns = torch.arange(grid[1], dtype=torch.float32)[None, :, None] * frequencies
+    angles = torch.cat([rows.expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros(num_prefix_tokens, 2 * num_pairs), angles])
+
+
+def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotates pairs (first half, second half) of the last dimension by the angles behind cos and sin."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return torch.cat([first * cos_TD - second * sin_TD, first * sin_TD + second * cos_TD], dim=-1)
+
+
+class KVCache:
+    """Keys and values of all layers in tensors of fixed size (layers, 2, B, H, T, D), filled from the left."""
+
+    def __init__(self, config: TransformerConfig, batch_size: int, num_positions: int, dtype: torch.dtype, device: torch.device | str):
+        shape = (config.num_layers, 2, batch_size, config.num_heads, num_positions, config.head_size)
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new positions of one layer and returns all its keys and values so far."""
+        end = self.length + k_BHTD.shape[2]
+        keys, values = self.tensor[layer]
+        keys[:, :, self.length : end] = k_BHTD
+        values[:, :, self.length : end] = v_BHTD
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        b, t, c = x_BTC.shape
+        q, k, v = self.qkv(x_BTC).view(b, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        q = rotate(self.q_norm(q), cos_TD, sin_TD)
+        k = rotate(self.k_norm(k), cos_TD, sin_TD)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # One new position sees everything before it, so only a whole sequence needs the mask.
+        mixed_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        return self.out(mixed_BHTD.transpose(1, 2).reshape(b, t, c))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, ffn_size: int):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each added with dropout."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.ffn = SwiGLU(config.hidden_size, config.ffn_size)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cos_TD, sin_TD, cache, layer))
+        return x_BTC + self.dropout(self.ffn(self.ffn_norm(x_BTC)))
+
+
+class Transformer(nn.Module):
+    """Predicts each code from the condition and the codes before it, in raster order."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.conditioning = open_conditioning(config.conditioning, config.num_classes, config.hidden_size)
+        self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.apply(self._initialize)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            for branch in (block.attention.out, block.ffn.down):
+                nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * config.num_layers))
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
+        """Logits of every code of whole sequences, (B, L, V), for int64 codes (B, L) and labels (B,)."""
+        x_BTC = torch.cat([self.conditioning(labels_B), self.code_embedding(codes_BL[:, :-1])], dim=1)
+        hidden = self._run(x_BTC, 0, None)
+        return self.head(hidden[:, self.conditioning.num_prefix_tokens - 1 :])
+
+    def prefill(self, labels_B: Tensor, cache: KVCache) -> Tensor:
+        """Feeds the condition; logits of the first code (B, V)."""
+        return self.head(self._run(self.conditioning(labels_B), 0, cache)[:, -1])
+
+    def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
+        """Feeds one code per row; logits of the next (B, V)."""
+        return self.head(self._run(self.code_embedding(codes_B)[:, None], cache.length, cache)[:, -1])
+
+    def _run(self, x_BTC: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        config, t = self.config, x_BTC.shape[1]
+        prefix = self.conditioning.num_prefix_tokens
+        angles = rope_angles(config.grid, prefix, config.head_size, config.rope_base)[start : start + t].to(x_BTC.device)
+        cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
+        x_BTC = self.embedding_dropout(x_BTC)
+        for layer, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, cos_TD, sin_TD, cache, layer)
+        if cache is not None:
+            cache.length += t
+        return self.norm(x_BTC)
+
+
+def nll(logits_BLV: Tensor, codes_BL: Tensor) -> Tensor:
+    """Negative log-likelihood in nats per image (B,), float32: summed over codes."""
+    losses = F.cross_entropy(logits_BLV.float().flatten(0, 1), codes_BL.flatten(), reduction="none")
+    return losses.view(codes_BL.shape).sum(1)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices of linear layers decay, embeddings and norms do not."""
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    is_decayed = [len(getattr(p, "ds_shape", p.shape)) >= 2 and id(p) not in embeddings for p in parameters]
+    return [
+        {"params": [p for p, decayed in zip(parameters, is_decayed) if decayed], "weight_decay": weight_decay},
+        {"params": [p for p, decayed in zip(parameters, is_decayed) if not decayed], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,34 @@
+"""What the whole suite shares: one Ray instance, tiny artefacts, a deterministic torch."""
+
+import os
+import shutil
+import tempfile
+
+# Before Ray is imported anywhere: short socket paths, own instance, quick controller polls.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray with two CPUs for the whole test run."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    os.makedirs(os.path.join(folder, "ray"))
+    previous = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
+    import ray
+
+    from cluster.runtime import connect
+
+    connect(num_cpus=2, object_store_bytes=512 << 20)
+    yield
+    ray.shutdown()
+    os.environ.pop("RAY_TMPDIR")
+    if previous is not None:
+        os.environ["RAY_TMPDIR"] = previous
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""Configuration: what is accepted, what is refused, and how the refusal reads."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.config import build, load_config, reference_page, to_yaml
+from stages.errors import ConfigError
+from stages.options import Config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {num_steps: 7}\noptim: {learning_rate: 3e-4}\n")
+    return str(path)
+
+
+def test_file_and_overrides_are_merged(file):
+    config = load_config(file, ["train.global_batch_size=12", "optim.betas=[0.8, 0.9]", "source.path=s3://bucket/images"])
+    assert config.train.num_steps == 7
+    assert config.train.global_batch_size == 12
+    assert config.optim.learning_rate == 3e-4  # YAML 1.1 reads this as text
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.source.path == "s3://bucket/images"
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.no_such_key=1", ["train.no_such_key", "num_steps"]),
+        ("trian.num_steps=1", ["trian", "train"]),
+        ("train.global_batch_size=abc", ["train.global_batch_size", "'abc'", "whole number"]),
+        ("train.global_batch_size=true", ["train.global_batch_size", "whole number"]),
+        ("train.global_batch_size=1.5", ["train.global_batch_size", "whole number"]),
+        ("train.global_batch_size=0", ["train.global_batch_size", "at least 1"]),
+        ("train.precision=fp16", ["train.precision", "fp32", "bf16"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage", "0, 1, 2, 3"]),
+        ("sampling.top_p=1.5", ["sampling.top_p", "at most 1"]),
+        ("sampling.temperature=0", ["sampling.temperature", "above 0"]),
+        ("optim.learning_rate=fast", ["optim.learning_rate", "a number"]),
+        ("images.views=center", ["images.views", "list"]),
+        ("train=5", ["section.key=value"]),
+        ("num_steps", ["section.key=value"]),
+    ],
+)
+def test_bad_overrides_are_refused_with_key_value_and_rule(file, override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "train: 5", "train: [", "just text"])
+def test_bad_files_are_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(str(path))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match="no/such.yaml"):
+        load_config("no/such.yaml")
+
+
+def test_resolved_configuration_reads_back_equal(file):
+    config = load_config(file, ["sampling.top_k=5"])
+    assert build(Config, yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path):
+    from cluster.job_plan import check_config
+
+    check_config(load_config(str(path)))
+
+
+def test_every_option_is_documented_and_the_page_is_current():
+    for section in dataclasses.fields(Config):
+        for option in dataclasses.fields(section.default):
+            assert option.metadata["text"], f"{section.name}.{option.name}"
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference_page(), "run: python -m stages.config > docs/configuration.md"

@@ -114,7 +114,7 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     with user_errors():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
-        return evaluate(options).summary()
+        return evaluate(options).to_summary()
 
 
 def run_nightly(args: argparse.Namespace) -> Any:

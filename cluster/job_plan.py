@@ -32,10 +32,6 @@ def check_config(config: Config) -> None:
         )
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95].")
-    if config.optim.warmup_steps >= config.train.num_steps:
-        raise ConfigError(
-            f"optim.warmup_steps is {config.optim.warmup_steps}, but it must be below train.num_steps = {config.train.num_steps}. Lower it."
-        )
     if config.evaluation.num_blocks > config.evaluation.num_samples:
         raise ConfigError(
             f"evaluation.num_blocks is {config.evaluation.num_blocks}, but it must be at most evaluation.num_samples = "

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoints
-from cluster.train_job import run_workers
+from cluster.worker_group import run_workers
 from pipeline import storage
 from pipeline.images import apply_view
 from pipeline.sources import open_source
@@ -136,6 +136,7 @@ def image_dataset(source_options: SourceOptions, image_options: ImageOptions) ->
     listing = source.list_images("train")
     order = np.random.default_rng(source_options.seed).permutation(len(listing))
     table = listing.select(["uri"]).take(pa.array(order))
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the workers' own lines say how far they are
     dataset = ray.data.from_arrow(table).repartition(max(1, min(256, len(table) // 256)))
     dataset = dataset.map_batches(
         _read_images, fn_kwargs={"source": source, "images": image_options}, batch_size=128, batch_format="pyarrow"
@@ -164,7 +165,7 @@ def tokenizer_worker(options: TokenizerJobOptions, num_threads: int) -> None:
     num_seen = _resume(trainer, run_path)
     log = _Log(trainer, options, run_path)
     shard = ray.train.get_dataset_shard("train")
-    epoch, step = 0, num_seen // train.global_batch_size
+    step = num_seen // train.global_batch_size
     while num_seen < train.num_samples:
         seen_before = num_seen
         for images in _batches(shard, options, seed=options.run.seed + step):
@@ -176,7 +177,6 @@ def tokenizer_worker(options: TokenizerJobOptions, num_threads: int) -> None:
                 log.commit(step, num_seen)
             if is_last:
                 break
-        epoch += 1
         if num_seen == seen_before:
             raise ConfigError(
                 f"tokenizer_train.global_batch_size is {train.global_batch_size}, but the source holds fewer images per worker than a "
@@ -249,7 +249,7 @@ class _Log:
         previous = checkpoints.latest_commit(run_path) if dist.get_rank() == 0 else None
         self.lines: list[dict[str, float]] = [] if previous is None else list(previous.content["log"])
         self.attempt = checkpoints.new_attempt()
-        self.started, self.first_seen = time.monotonic(), None if previous is None else previous.content["num_seen"]
+        self.started, self.first_seen = time.monotonic(), 0 if previous is None else previous.content["num_seen"]
 
     def record(self, step: int, num_seen: int, metrics: dict[str, torch.Tensor], is_last: bool) -> None:
         """Adds one step; every `log_every_steps` writes a line and revives dead codes."""
@@ -269,10 +269,11 @@ class _Log:
             dist.all_reduce(counts)
         share, perplexity = usage(counts)
         means = {name: total / self.num_steps for name, total in self.sums.items()}
-        line = {"num_seen": num_seen, **means, "codebook_usage": share, "codebook_perplexity": perplexity}
+        seconds = time.monotonic() - self.started
+        line = {"num_seen": num_seen, **means, "codebook_usage": share, "codebook_perplexity": perplexity, "seconds": seconds}
         self.lines.append(line)
         self.sums, self.num_steps = {}, 0
-        rate = (num_seen - (self.first_seen or 0)) / (time.monotonic() - self.started)
+        rate = (num_seen - self.first_seen) / seconds
         if dist.get_rank() == 0:
             logger.info(
                 "images %d/%d  reconstruction %.4f  usage %.0f %%  perplexity %.0f  %.0f images/s  ETA %.0f s%s",

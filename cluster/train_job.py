@@ -4,18 +4,15 @@ import logging
 import math
 from dataclasses import dataclass
 
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from cluster import checkpoints
-from cluster.runtime import user_errors
 from cluster.train_loop import TrainJobOptions, check_resumable, dataset_transformer_config, train_worker
+from cluster.worker_group import run_workers
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset
 from pipeline.tokenizers import tokenizer_fingerprint
 from stages.config import to_yaml
 from stages.errors import ArtefactError, ConfigError
-from stages.options import ScalingOptions, TrainOptions
+from stages.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -55,34 +52,6 @@ def train(options: TrainJobOptions) -> TrainSummary:
     return _summary(options.run.path, latest)
 
 
-def run_workers(worker, options, scaling: ScalingOptions, storage_path: str, datasets=None, dataset_config=None) -> None:
-    """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group.
-
-    Ray's own state goes to a folder of its own, new for every call: what survives a crash is our commits, not Ray's snapshots.
-    """
-    check_workers_fit(scaling, needs_data_cpu=datasets is not None)
-    num_threads = scaling.threads_per_worker or math.ceil(scaling.cpus_per_worker)
-    trainer = TorchTrainer(
-        lambda: worker(options, num_threads),
-        torch_config=TorchConfig(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt-{checkpoints.new_attempt()}",
-            storage_path=storage_path,
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-        ),
-        datasets=datasets,
-        dataset_config=dataset_config,
-    )
-    with user_errors():
-        trainer.fit()
-    storage.delete_tree(storage_path)
-
-
 def check_batch(train: TrainOptions, num_workers: int) -> None:
     """Refuses a global batch that micro batches and workers do not divide."""
     unit = train.micro_batch_size * num_workers
@@ -93,20 +62,6 @@ def check_batch(train: TrainOptions, num_workers: int) -> None:
             f"train.micro_batch_size = {num_workers} * {train.micro_batch_size} = {unit}. Use {nearest}, or change "
             f"train.micro_batch_size."
         )
-
-
-def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:
-    """Refuses a worker group the cluster can never start, which Ray would wait for without end."""
-    resources = ray.cluster_resources()
-    cpus, wanted = resources.get("CPU", 0.0), scaling.num_workers * scaling.cpus_per_worker
-    if wanted > cpus or (needs_data_cpu and wanted > cpus - 1):
-        spare = ", of which one must stay free for reading images" if needs_data_cpu else ""
-        raise ConfigError(
-            f"scaling.num_workers * scaling.cpus_per_worker is {wanted:g}, but the cluster has {cpus:g} CPUs{spare}. Lower one of them."
-        )
-    gpus = resources.get("GPU", 0.0)
-    if scaling.use_gpu and scaling.num_workers > gpus:
-        raise ConfigError(f"scaling.num_workers is {scaling.num_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false.")
 
 
 def check_tokenizer(path: str, dataset: CodeDataset) -> None:

@@ -64,7 +64,7 @@ def demo(output: str, source: str) -> dict[str, Any]:
     with _timed("report", seconds):
         storage.replace(storage.join(output, "samples.png"), storage.read_bytes(storage.join(samples.samples, "grid.png")))
         report = storage.join(output, "report.html")
-        write_report(evaluation_options, config, report, f"Tessera demo: {config.source.name}", wall_seconds=seconds)
+        write_report(evaluation_options, report, f"Tessera demo: {config.source.name}", wall_seconds=seconds)
     summary = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "code_dataset": codes.dataset,

@@ -25,7 +25,11 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a record; bias_corrected only where it is defined."""
-        content: dict[str, Any] = {"value": self.value, "standard_error": self.standard_error, "num_samples": self.num_samples}
+        content: dict[str, Any] = {
+            "value": self.value,
+            "standard_error": self.standard_error,
+            "num_samples": self.num_samples,
+        }
         return content if self.bias_corrected is None else {**content, "bias_corrected": self.bias_corrected}
 
 
@@ -53,7 +57,8 @@ def jackknife(value: float, without_block: Sequence[float], num_samples: int) ->
 def assign_blocks(num_images: int, num_blocks: int) -> np.ndarray:
     """The block of each image, int64 (num_images,), sizes equal to within one.
 
-    A fixed pseudo-random assignment: neither images sorted by class nor labels that come in turn can line up with the blocks.
+    A fixed pseudo-random assignment: neither images sorted by class nor labels that come in turn can line up with the
+    blocks.
     """
     keys = np.random.Philox(key=num_images).random_raw(num_images)
     blocks = np.empty(num_images, dtype=np.int64)

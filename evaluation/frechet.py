@@ -2,8 +2,9 @@
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
-With S2 = B B^T the last trace is the sum of the roots of the eigenvalues of B^T S1 B, which is symmetric: real and non-negative
-by construction, and several times as fast as a matrix square root. B belongs to the reference and is computed once.
+With S2 = B B^T the last trace is the sum of the roots of the eigenvalues of B^T S1 B, which is symmetric: real and
+non-negative by construction, and several times as fast as a matrix square root. B belongs to the reference and is
+computed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def covariance_factor(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet_distance(statistics: GaussianStatistics, reference: Reference) -> float:
-    """Squared Fréchet distance to a reference, in squared feature units, never below zero. Both need two vectors or more."""
+    """Fréchet distance to a reference, in squared feature units, never below zero. Both need two vectors or more."""
     covariance, factor = statistics.covariance, reference.factor
     eigenvalues = np.linalg.eigvalsh(factor.T @ covariance @ factor)
     trace_of_root = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
@@ -54,8 +55,8 @@ def frechet_distance(statistics: GaussianStatistics, reference: Reference) -> fl
 def frechet_estimate(blocks: Sequence[GaussianStatistics], reference: Reference, num_threads: int = 1) -> Estimate:
     """Distance of all blocks together, with jackknife standard error and bias-corrected value.
 
-    The error bar is that of drawing other images; the reference counts as fixed. The correction removes the bias of order 1/n, which is
-    all of it once n is well above d (reference: Chong and Forsyth 2020 on that bias).
+    The error bar is that of drawing other images; the reference counts as fixed. The correction removes the bias of
+    order 1/n, which is all of it once n is well above d (reference: Chong and Forsyth 2020 on that bias).
 
     Args:
         blocks: statistics of K disjoint sets of images of about equal size.

@@ -1,8 +1,11 @@
 """`verify`: finds out what an artefact is and checks it to the last byte."""
 
+from collections.abc import Callable
+from typing import Any
+
 from cluster import checkpoints
 from cluster.verify_run import verify_run
-from evaluation.records import record_problems
+from evaluation.records import read_record
 from pipeline import storage
 from pipeline.code_dataset.verify import verify_code_dataset
 from pipeline.tokenizers import open_tokenizer
@@ -17,7 +20,7 @@ def verify_artefact(path: str) -> list[str]:
         ArtefactError: there is nothing at the path, or nothing known.
     """
     if path.endswith(".json"):
-        return record_problems(path)
+        return _problems(lambda: read_record(path))
     names = {file[len(path.rstrip("/")) + 1 :] for file in storage.list_files(path)}
     if not names:
         raise ArtefactError(f"PATH is {path}, but there is nothing there. Name an existing artefact.")
@@ -27,11 +30,15 @@ def verify_artefact(path: str) -> list[str]:
     if checkpoints.COMMIT in names:
         return checkpoints.commit_problems(checkpoints.open_commit(path))
     if CONFIG in names:
-        try:
-            open_tokenizer(path)
-        except ArtefactError as error:
-            return [str(error)]
-        return []
+        return _problems(lambda: open_tokenizer(path))
     if "checkpoints" in tops:
         return verify_run(path)
     raise ArtefactError(f"PATH is {path}, but it is no tokenizer, code dataset, run, checkpoint or record. Name one of these.")
+
+
+def _problems(read: Callable[[], Any]) -> list[str]:
+    try:
+        read()
+    except ArtefactError as error:
+        return [str(error)]
+    return []

@@ -9,28 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.hashing import hash64, uniform
 from stages.options import SamplingOptions
 from stages.second_stage.transformer import KVCache, Transformer
 
 
 
 def uniforms(seed: int, indices: np.ndarray, position: int) -> np.ndarray:
-    """One number in [0, 1) per global sample index, float64 (n,): 53 bits of a 64-bit mix of (seed, index, position).
-
-    The mixer is SplitMix64's finalizer (Steele et al. 2014), applied between the three inputs.
-    """
-    state = _mix(np.full(len(indices), seed, dtype=np.uint64))
-    state = _mix(state ^ indices.astype(np.uint64))
-    state = _mix(state ^ np.uint64(position))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = values + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """One number in [0, 1) per global sample index, float64 (n,): a hash of (seed, index, position)."""
+    return uniform(hash64(seed, indices, position))
 
 
 def cfg_scale_at(options: SamplingOptions, position: int, num_codes: int) -> float:

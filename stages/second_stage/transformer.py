@@ -114,7 +114,7 @@ class KVCache:
     def append(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new positions of one layer and returns all its keys and values so far."""
         end = self.length + k_BHTD.shape[2]
-        keys, values = self.tensor[layer]
+        keys, values = self.tensor[layer, 0], self.tensor[layer, 1]
         keys[:, :, self.length : end] = k_BHTD
         values[:, :, self.length : end] = v_BHTD
         return keys[:, :, :end], values[:, :, :end]

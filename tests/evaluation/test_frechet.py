@@ -69,7 +69,9 @@ def test_is_symmetric_and_nothing_to_itself():
 def test_fewer_images_than_features_is_no_special_case():
     few, many = statistics(20, 64, seed=1), statistics(1000, 64, seed=2)
     assert covariance_factor(few.covariance).shape == (64, 19)
-    assert frechet_distance(few, Reference.of(many)) == pytest.approx(frechet_distance(many, Reference.of(few)), rel=1e-6)
+    assert frechet_distance(few, Reference.of(many)) == pytest.approx(
+        frechet_distance(many, Reference.of(few)), rel=1e-6
+    )
 
 
 def test_collapsed_images_have_a_finite_distance():
@@ -81,7 +83,9 @@ def test_collapsed_images_have_a_finite_distance():
 
 def test_jackknife_error_and_correction_match_repeated_draws():
     d, n, repeats = 16, 400, 40
-    reference = Reference.of(GaussianStatistics(10**6, np.full(d, 0.1), np.diag(np.linspace(0.2, 2.0, d) ** 2) * (10**6 - 1)))
+    reference = Reference.of(
+        GaussianStatistics(10**6, np.full(d, 0.1), np.diag(np.linspace(0.2, 2.0, d) ** 2) * (10**6 - 1))
+    )
     truth = d * 0.1**2
     estimates = []
     for repeat in range(repeats):
@@ -128,7 +132,9 @@ def test_metric_reduces_over_processes_like_torchmetrics_does():
     for metric, shard in zip(shards, values.tensor_split(4), strict=True):
         metric.update(shard)
     gathered = [metric.moments for metric in shards]
-    synced = FrechetDistance(reference, dist_sync_fn=lambda tensor, group: gathered, distributed_available_fn=lambda: True)
+    synced = FrechetDistance(
+        reference, dist_sync_fn=lambda tensor, group: gathered, distributed_available_fn=lambda: True
+    )
     synced.update(values[:25])
     expected = frechet_distance(GaussianStatistics.of(values.numpy()), reference)
     assert float(synced.compute()) == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,63 @@
+"""A Ray Train worker group for either stage: one process per rank, restarted together after a failure."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.checkpoints import new_attempt
+from cluster.runtime import user_errors
+from pipeline import storage
+from stages.errors import ConfigError
+from stages.options import ScalingOptions
+
+
+def run_workers(
+    worker: Callable[[Any, int], None],
+    options: Any,
+    scaling: ScalingOptions,
+    storage_path: str,
+    datasets: dict[str, ray.data.Dataset] | None = None,
+) -> None:
+    """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group.
+
+    Ray's own state goes to a folder of its own, new for every call: what survives a crash is our commits, not Ray's snapshots.
+    """
+    check_workers_fit(scaling, needs_data_cpu=datasets is not None)
+    num_threads = scaling.threads_per_worker or math.ceil(scaling.cpus_per_worker)
+    trainer = TorchTrainer(
+        lambda: worker(options, num_threads),
+        torch_config=TorchConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{new_attempt()}",
+            storage_path=storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+        ),
+        datasets=datasets,
+    )
+    with user_errors():
+        trainer.fit()
+    storage.delete_tree(storage_path)
+
+
+def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:
+    """Refuses a worker group the cluster can never start, which Ray would wait for without end."""
+    resources = ray.cluster_resources()
+    cpus, wanted = resources.get("CPU", 0.0), scaling.num_workers * scaling.cpus_per_worker
+    if wanted > cpus or (needs_data_cpu and wanted > cpus - 1):
+        spare = ", of which one must stay free for reading images" if needs_data_cpu else ""
+        raise ConfigError(
+            f"scaling.num_workers * scaling.cpus_per_worker is {wanted:g}, but the cluster has {cpus:g} CPUs{spare}. Lower one of them."
+        )
+    gpus = resources.get("GPU", 0.0)
+    if scaling.use_gpu and scaling.num_workers > gpus:
+        raise ConfigError(f"scaling.num_workers is {scaling.num_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false.")

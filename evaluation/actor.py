@@ -1,0 +1,247 @@
+"""The evaluation actor: coordinates sampler actors and feature actors and adds up what they return.
+
+Work items are ranges of image indices whose bounds do not depend on the number of actors. Images go from sampler to
+feature actor as object references; what reaches the coordinator is features, numbers per image, codes item by item, and
+the tiles of the grids. All of it is added in the order of the indices, so the metrics are the same for 1 or 8 actors.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from cluster.sampler_actor import SamplerActor
+from evaluation.estimates import Estimate
+from evaluation.feature_actor import FeatureActor
+from evaluation.frechet import frechet_estimate
+from evaluation.pool import ActorPool, run_items
+from evaluation.reference import StoredReference, load_reference, store_reference
+from evaluation.statistics import BlockStatistics
+from evaluation.tally import HoldoutTally, Item, SampleTally
+from pipeline.sources import Source
+from stages.errors import TesseraError
+from stages.options import EvaluationOptions, ImageOptions, SamplingOptions
+
+ITEM_IMAGES = 32
+DISTANCE_THREADS = 2
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Assignment:
+    """Everything one evaluation needs, checked and chosen beforehand.
+
+    Attributes:
+        reference_key: of the reference statistics, and `reference_uris` the training images they are made from.
+        holdout_uris: m held-out images, with `holdout_labels` int64 (m,), -1 where there is none.
+        num_features, metric_prefix: of the extractor.
+        codebook_size, num_codes: of the tokenizer, and codes per image.
+    """
+
+    checkpoint_path: str
+    tokenizer_path: str
+    sampling: SamplingOptions
+    images: ImageOptions
+    evaluation: EvaluationOptions
+    source: Source
+    reference_key: str
+    reference_uris: list[str]
+    holdout_uris: list[str]
+    holdout_labels: np.ndarray
+    num_features: int
+    metric_prefix: str
+    codebook_size: int
+    num_codes: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measurement:
+    """What one evaluation measured.
+
+    Attributes:
+        metrics: estimates by name.
+        grids: PNG files by name: samples, real, reconstructions.
+        reference: the statistics the distances were measured against.
+        num_unusable: held-out images that could not be decoded and were left out.
+        wall_seconds: by phase; sampling runs beside reference and holdout.
+    """
+
+    metrics: dict[str, Estimate]
+    grids: dict[str, bytes]
+    reference: StoredReference
+    num_unusable: int
+    wall_seconds: dict[str, float]
+
+
+class EvaluationActor:
+    """One evaluation. Made an actor with `max_concurrency=2`, so that `progress` answers while `measure` runs.
+
+    Args:
+        assignment: what to evaluate.
+    """
+
+    def __init__(self, assignment: Assignment):
+        self.assignment = assignment
+        self._done: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        options = assignment.evaluation
+        resources = actor_resources(options.num_sampler_actors + options.num_feature_actors)
+        feature_class = ray.remote(**resources)(FeatureActor)
+        sampler_class = ray.remote(**resources)(SamplerActor)
+        a = assignment
+        self.features = ActorPool(
+            "feature",
+            lambda: feature_class.remote(a.source, a.images, options, a.tokenizer_path),
+            options.num_feature_actors,
+        )
+        self.samplers = ActorPool(
+            "sampler",
+            lambda: sampler_class.remote(a.checkpoint_path, a.tokenizer_path, a.sampling),
+            options.num_sampler_actors,
+        )
+
+    def progress(self) -> dict[str, int]:
+        """Images finished so far, by phase."""
+        return dict(self._done)
+
+    def measure(self) -> Measurement:
+        """Measures everything. Called once: it ends with the end of all actors.
+
+        Raises:
+            TesseraError: actors keep dying, a file cannot be read, or too few real images can be used.
+        """
+        try:
+            samples, (stored, holdout) = in_parallel([self._samples, self._real_images], on_error=self._close)
+        finally:
+            self._close()
+        prefix = self.assignment.metric_prefix
+        sets = {f"{prefix}_holdout": holdout.real, f"r{prefix}": holdout.reconstructed, f"g{prefix}": samples.features}
+        begin = time.monotonic()
+        distances = {
+            name: frechet_estimate(blocks.result(), stored.reference, DISTANCE_THREADS) for name, blocks in sets.items()
+        }
+        self._seconds["distance"] = time.monotonic() - begin
+        return Measurement(
+            metrics={**distances, **holdout.estimates(self.assignment.num_codes)},
+            grids={**samples.grids(), **holdout.grids()},
+            reference=stored,
+            num_unusable=holdout.num_unusable,
+            wall_seconds=self._seconds,
+        )
+
+    def _samples(self) -> SampleTally:
+        options = self.assignment.evaluation
+        sampler = self.samplers.acquire()
+        labels = ray.get(sampler.labels.remote(0, options.num_samples))
+        self.samplers.release(sampler)
+        tally = SampleTally(labels, self.assignment.num_features, options.num_blocks, options.num_grid_images)
+
+        def submit(item: Item, actors: list[Any]) -> Any:
+            sampler, extractor = actors
+            return extractor.of_images.remote(sampler.images.remote(*item), tally.tiles_in(item))
+
+        for item, (features, tiles) in self._run(
+            "sampling", options.num_samples, submit, [self.samplers, self.features]
+        ):
+            tally.add(item, features, tiles)
+        return tally
+
+    def _real_images(self) -> tuple[StoredReference, HoldoutTally]:
+        return self._reference(), self._holdout()
+
+    def _reference(self) -> StoredReference:
+        path, key = self.assignment.evaluation.path, self.assignment.reference_key
+        stored = load_reference(path, key)
+        if stored is not None:
+            return stored
+        uris, num_unusable = self.assignment.reference_uris, 0
+        whole = BlockStatistics(1, self.assignment.num_features)
+
+        def submit(item: Item, actors: list[Any]) -> Any:
+            return actors[0].of_reference.remote(uris[slice(*item)])
+
+        for _, (features, num_unusable_here) in self._run("reference", len(uris), submit, [self.features]):
+            whole.add(features, np.zeros(len(features), np.int64))
+            num_unusable += num_unusable_here
+        (statistics,) = whole.result()
+        if statistics.n < 2:
+            raise TesseraError(
+                f"{statistics.n} of {len(uris)} training images can be used, but a reference needs two. "
+                "Check the source."
+            )
+        return store_reference(path, key, statistics, num_unusable)
+
+    def _holdout(self) -> HoldoutTally:
+        a, options = self.assignment, self.assignment.evaluation
+        tally = HoldoutTally(
+            a.holdout_labels, a.num_features, a.codebook_size, options.num_blocks, options.num_grid_images
+        )
+
+        def submit(item: Item, actors: list[Any]) -> Any:
+            extractor, sampler = actors
+            uris, labels = a.holdout_uris[slice(*item)], a.holdout_labels[slice(*item)]
+            images, codes, usable_labels = extractor.of_holdout.options(num_returns=3).remote(
+                uris, labels, tally.tiles_in(item)
+            )
+            return images, codes, sampler.nll.remote(codes, usable_labels)
+
+        for item, (images, codes, nll) in self._run(
+            "holdout", len(a.holdout_uris), submit, [self.features, self.samplers]
+        ):
+            tally.add(item, images, codes, nll)
+        tally.check(minimum=2 * options.num_blocks)
+        return tally
+
+    def _run(
+        self, phase: str, num_images: int, submit: Callable, pools: Sequence[ActorPool]
+    ) -> Iterator[tuple[Item, Any]]:
+        """`run_items` over so many images, timed and counted."""
+        begin = time.monotonic()
+        window = 2 * max(pool.size for pool in pools) + 1
+        for item, result in run_items(self._items(num_images), submit, pools, window):
+            yield item, result
+            self._done[phase] = item[1]
+        self._seconds[phase] = time.monotonic() - begin
+
+    def _items(self, num_images: int) -> list[Item]:
+        """Ranges of whole sampling groups, about ITEM_IMAGES long."""
+        group = self.assignment.sampling.group_size
+        size = group * math.ceil(ITEM_IMAGES / group)
+        return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+
+    def _close(self) -> None:
+        self.features.close()
+        self.samplers.close()
+
+
+def actor_resources(num_actors: int) -> dict[str, Any]:
+    """Ray options of each of `num_actors` actors: one CPU, and one GPU where there are any, or an equal share of too
+    few.
+
+    Calls may overtake each other: one whose images are still being drawn must not hold up the next.
+    """
+    total = ray.cluster_resources()
+    shares = {name: min(1.0, math.floor(100 * total.get(name, 0.0) / num_actors) / 100) for name in ("CPU", "GPU")}
+    return {
+        "num_cpus": shares["CPU"] or 1,
+        "num_gpus": shares["GPU"],
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "allow_out_of_order_execution": True,
+    }
+
+
+def in_parallel(functions: Sequence[Callable[[], Any]], on_error: Callable[[], None]) -> list[Any]:
+    """Results of functions run in threads. The first exception is raised, after `on_error` has made the others end."""
+    with ThreadPoolExecutor(len(functions)) as threads:
+        futures = [threads.submit(function) for function in functions]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            on_error()
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]

@@ -1,0 +1,120 @@
+"""Evaluation records: immutable, one JSON file per evaluation, named by the hash of all that decides its numbers."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.hashing import canonical_hash
+from pipeline import storage
+from stages.errors import ArtefactError
+
+FORMAT = "tessera-evaluation-record"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation: where its file is, and what the file says."""
+
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.content["record_id"]
+
+    @property
+    def step(self) -> int:
+        return self.content["step"]
+
+    @property
+    def created_at(self) -> str:
+        """ISO 8601, UTC."""
+        return self.content["created_at"]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """By name: value, standard_error, num_samples and, where there is one, bias_corrected."""
+        return self.content["metrics"]
+
+    @property
+    def grids(self) -> dict[str, str]:
+        """By name (samples, real, reconstructions): path of the PNG, relative to the folder of the evaluation."""
+        return self.content["grids"]
+
+    def to_summary(self) -> dict[str, Any]:
+        """What the command line reports."""
+        return {"record": self.path, "metrics": self.metrics}
+
+
+def record_id(identity: dict[str, Any]) -> str:
+    """32 hexadecimal digits that stand for everything the numbers depend on."""
+    return canonical_hash({"format_version": FORMAT_VERSION, **identity})[:32]
+
+
+def record_path(evaluation_path: str, identifier: str) -> str:
+    """Where the record of this id is kept."""
+    return storage.join(evaluation_path, "records", f"{identifier}.json")
+
+
+def write_record(evaluation_path: str, identifier: str, content: dict[str, Any], grids: dict[str, bytes]) -> Record:
+    """Stores a record, its grids first, and returns what is stored: the first record of an id stays.
+
+    Args:
+        evaluation_path: folder of the history.
+        identifier: from `record_id`.
+        content: all fields but format, record_id, grids and sha256.
+        grids: PNG files by name.
+    """
+    paths = {name: f"grids/{identifier}/{name}.png" for name in grids}
+    for name, data in grids.items():
+        storage.put_if_absent(storage.join(evaluation_path, paths[name]), data)
+    body = {"format": FORMAT, "format_version": FORMAT_VERSION, "record_id": identifier, **content, "grids": paths}
+    text = json.dumps({**body, "sha256": canonical_hash(body)}, indent=2, allow_nan=False, ensure_ascii=False)
+    path = record_path(evaluation_path, identifier)
+    storage.put_if_absent(path, text.encode())
+    return read_record(path)
+
+
+def find_record(evaluation_path: str, identifier: str) -> Record | None:
+    """The record of this id, or None when there is none."""
+    path = record_path(evaluation_path, identifier)
+    return read_record(path) if storage.exists(path) else None
+
+
+def read_record(path: str) -> Record:
+    """The record in a file, checked against its hash.
+
+    Raises:
+        ArtefactError: missing, damaged, or not a record.
+    """
+    try:
+        content = json.loads(storage.read_bytes(path))
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"record is {path}, but there is no such file. Name a file under records/ of an evaluation folder."
+        ) from None
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path} is damaged ({error}), but it must be JSON. Remove it and evaluate again."
+        ) from error
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or content.get("format_version") != FORMAT_VERSION
+    ):
+        raise ArtefactError(
+            f"{path} is not an evaluation record of format version {FORMAT_VERSION}, but it must be. Evaluate again."
+        )
+    found = canonical_hash({name: value for name, value in content.items() if name != "sha256"})
+    if found != content.get("sha256"):
+        raise ArtefactError(
+            f"{path} is damaged: its sha-256 is {content.get('sha256')}, but its fields give {found}. Evaluate again."
+        )
+    return Record(path, content)
+
+
+def list_records(evaluation_path: str) -> list[Record]:
+    """All records of a history, oldest first."""
+    paths = storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
+    return sorted((read_record(path) for path in paths), key=lambda record: (record.created_at, record.id))

@@ -1,0 +1,151 @@
+"""What an evaluation adds up while items come back: one tally for samples, one for held-out images."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.estimates import Estimate, assign_blocks, leave_one_out, mean_estimate, perplexity, usage
+from evaluation.grids import grid_positions, tiles_png
+from evaluation.statistics import BlockStatistics
+from stages.errors import TesseraError
+
+Item = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """What one item of held-out images yields; n is the number of them that can be used.
+
+    Attributes:
+        is_usable: bool (m,), which of the m asked for can be used.
+        features: float32 (n, d).
+        reconstruction_features: float32 (n, d), of the tokenizer's reconstructions.
+        psnr: float64 (n,), dB, of the reconstructions.
+        tiles: by position in the item, for those asked for: image and reconstruction, uint8 (2, H, W, C).
+    """
+
+    is_usable: np.ndarray
+    features: np.ndarray
+    reconstruction_features: np.ndarray
+    psnr: np.ndarray
+    tiles: dict[int, np.ndarray]
+
+
+class _Grid:
+    """The tiles of one or several grids over the same positions."""
+
+    def __init__(self, labels: np.ndarray, num_images: int):
+        self.positions, self.columns = grid_positions(labels, num_images)
+        self._wanted = np.sort(self.positions)
+        self.tiles: dict[int, np.ndarray] = {}
+
+    def tiles_in(self, item: Item) -> list[int]:
+        first, last = np.searchsorted(self._wanted, item)
+        return [int(position) - item[0] for position in self._wanted[first:last]]
+
+    def add(self, item: Item, tiles: dict[int, np.ndarray]) -> None:
+        self.tiles.update({item[0] + position: tile for position, tile in tiles.items()})
+
+
+class SampleTally:
+    """Features and grid of the samples.
+
+    Args:
+        labels: int64 (n,), classes of the samples, -1 without classes.
+        num_features: width of the features.
+        num_blocks: blocks of the jackknife.
+        num_grid_images: most images in the grid.
+    """
+
+    def __init__(self, labels: np.ndarray, num_features: int, num_blocks: int, num_grid_images: int):
+        self._blocks = assign_blocks(len(labels), num_blocks)
+        self._grid = _Grid(labels, num_grid_images)
+        self.features = BlockStatistics(num_blocks, num_features)
+
+    def tiles_in(self, item: Item) -> list[int]:
+        """Positions within an item of the images that the grid shows."""
+        return self._grid.tiles_in(item)
+
+    def add(self, item: Item, features: np.ndarray, tiles: dict[int, np.ndarray]) -> None:
+        """Adds the features float32 (n, d) and tiles of one item."""
+        self.features.add(features, self._blocks[slice(*item)])
+        self._grid.add(item, tiles)
+
+    def grids(self) -> dict[str, bytes]:
+        """The grid of samples as PNG."""
+        return {"samples": tiles_png(self._grid.tiles, self._grid.positions, self._grid.columns)}
+
+
+class HoldoutTally:
+    """Features, pixel errors, codes and likelihoods of held-out images and their reconstructions.
+
+    Args:
+        labels: int64 (m,), classes of the images, -1 where there is none.
+        num_features: width of the features.
+        codebook_size: entries of the tokenizer's codebook.
+        num_blocks: blocks of the jackknife.
+        num_grid_images: most images in each grid.
+    """
+
+    def __init__(
+        self, labels: np.ndarray, num_features: int, codebook_size: int, num_blocks: int, num_grid_images: int
+    ):
+        self._blocks = assign_blocks(len(labels), num_blocks)
+        self._grid = _Grid(labels, num_grid_images)
+        self._counts = np.zeros((num_blocks, codebook_size), np.int64)
+        self._psnr: list[np.ndarray] = []
+        self._nll: list[np.ndarray] = []
+        self.real = BlockStatistics(num_blocks, num_features)
+        self.reconstructed = BlockStatistics(num_blocks, num_features)
+        self.num_unusable = 0
+
+    def tiles_in(self, item: Item) -> list[int]:
+        """Positions within an item of the images that the grids show."""
+        return self._grid.tiles_in(item)
+
+    def add(self, item: Item, images: RealImages, codes: np.ndarray, nll: np.ndarray) -> None:
+        """Adds one item: what its images yield, codes int64 (n, L), negative log-likelihoods float64 (n,) in nats."""
+        blocks = self._blocks[slice(*item)][images.is_usable]
+        self.real.add(images.features, blocks)
+        self.reconstructed.add(images.reconstruction_features, blocks)
+        np.add.at(self._counts, (blocks[:, None], codes), 1)
+        self._psnr.append(images.psnr)
+        self._nll.append(nll)
+        self._grid.add(item, images.tiles)
+        self.num_unusable += int(np.sum(~images.is_usable))
+
+    def check(self, minimum: int) -> None:
+        """Raises TesseraError when fewer than `minimum` images can be used."""
+        num_usable = len(self._blocks) - self.num_unusable
+        if num_usable < minimum:
+            raise TesseraError(
+                f"{num_usable} of {len(self._blocks)} held-out images can be used, but the error bars need "
+                f"{minimum}. Check the source."
+            )
+
+    def estimates(self, num_codes: int) -> dict[str, Estimate]:
+        """Metrics that need no reference.
+
+        psnr in dB; codebook_usage as a share in [0, 1]; codebook_perplexity in codes; validation_nll in nats per code;
+        validation_bits_per_image in bits.
+        """
+        nll = np.concatenate(self._nll)
+        return {
+            "psnr": mean_estimate(np.concatenate(self._psnr)),
+            "codebook_usage": Estimate(usage(self._counts.sum(axis=0)), len(nll)),
+            "codebook_perplexity": leave_one_out(perplexity, self._counts, len(nll)),
+            "validation_nll": mean_estimate(nll / num_codes),
+            "validation_bits_per_image": mean_estimate(nll / math.log(2.0)),
+        }
+
+    def grids(self) -> dict[str, bytes]:
+        """The grids of real images and of their reconstructions, image by image in the same places."""
+        names: Sequence[str] = ("real", "reconstructions")
+        return {
+            name: tiles_png(
+                {p: pair[i] for p, pair in self._grid.tiles.items()}, self._grid.positions, self._grid.columns
+            )
+            for i, name in enumerate(names)
+        }

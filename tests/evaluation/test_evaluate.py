@@ -1,0 +1,244 @@
+"""Evaluations of an untrained transformer on a tiny tokenizer: small, but every part is the real one."""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import signal
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cluster.checkpoints import Commit, checkpoint_path, file_entry, write_commit
+from cluster.train_loop import WEIGHTS
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
+from evaluation.records import list_records, read_record, write_record
+from evaluation.reference import reference_path
+from pipeline.sources import open_source
+from pipeline.tokenize_images import TokenizeOptions, tokenize
+from stages.config import to_dict
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.artefact import save_tokenizer
+from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.options import (
+    CodesOptions,
+    ConditioningOptions,
+    EvaluationOptions,
+    ImageOptions,
+    ModelOptions,
+    RunOptions,
+    SamplingOptions,
+    SourceOptions,
+    TokenizerOptions,
+)
+from stages.second_stage.transformer import Transformer, transformer_config
+
+pytestmark = pytest.mark.ray
+
+SIZE, GRID, CODEBOOK, NUM_SAMPLES, STEP = 16, (4, 4), 32, 40, 7
+
+
+def make_tokenizer(folder: str, seed: int) -> str:
+    torch.manual_seed(seed)
+    config = TokenizerConfig(
+        resolution=SIZE,
+        in_channels=3,
+        codebook_size=CODEBOOK,
+        codebook_dim=4,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        z_channels=8,
+    )
+    return save_tokenizer(Tokenizer(config), folder)
+
+
+def make_checkpoint(run_path: str, root_hash: str, tokenizer_fingerprint: str, num_classes: int) -> Commit:
+    torch.manual_seed(0)
+    options = ModelOptions(num_layers=1, hidden_size=16, num_heads=2)
+    config = transformer_config(
+        options, ConditioningOptions(), codebook_size=CODEBOOK, grid=GRID, num_classes=num_classes
+    )
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = checkpoint_path(run_path, STEP, "attempt")
+    os.makedirs(folder)
+    save_file(model.state_dict(), os.path.join(folder, WEIGHTS))
+    content = {
+        "step": STEP,
+        "train_loss": 3.0,
+        "root_hash": root_hash,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "transformer": to_dict(config),
+        "files": [file_entry(os.path.join(folder, WEIGHTS), WEIGHTS)],
+    }
+    return write_commit(folder, content)
+
+
+@pytest.fixture(scope="module")
+def options(ray_cluster, tmp_path_factory) -> EvaluateOptions:
+    """A tokenizer, its code dataset, and a checkpoint that belongs to both."""
+    root = tmp_path_factory.mktemp("evaluate")
+    source, images = SourceOptions(num_images=60, num_holdout_images=48), ImageOptions(size=SIZE)
+    tokenizer, codes = TokenizerOptions(path=str(root / "tokenizer")), CodesOptions(path=str(root / "codes"))
+    fingerprint = make_tokenizer(tokenizer.path, seed=0)
+    summary = tokenize(TokenizeOptions(source=source, images=images, tokenizer=tokenizer, codes=codes))
+    num_classes = len(open_source(source, images).class_names)
+    make_checkpoint(str(root / "run"), summary.root_hash, fingerprint, num_classes)
+    return EvaluateOptions(
+        run=RunOptions(path=str(root / "run")),
+        source=source,
+        images=images,
+        tokenizer=tokenizer,
+        codes=codes,
+        sampling=SamplingOptions(group_size=8, cfg_scale=2.0, seed=5),
+        evaluation=EvaluationOptions(
+            path=str(root / "evaluation"),
+            num_samples=NUM_SAMPLES,
+            num_blocks=4,
+            num_grid_images=20,
+            extractor_resolution=32,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def record(options):
+    """The record of one sampler actor and one feature actor."""
+    return evaluate(options)
+
+
+def with_evaluation(options: EvaluateOptions, **changes) -> EvaluateOptions:
+    return dataclasses.replace(options, evaluation=dataclasses.replace(options.evaluation, **changes))
+
+
+def test_a_record_holds_every_metric_with_its_error(record):
+    distances = {"fd_holdout", "rfd", "gfd"}
+    others = {"psnr", "codebook_usage", "codebook_perplexity", "validation_nll", "validation_bits_per_image"}
+    assert set(record.metrics) == distances | others
+    for name, metric in record.metrics.items():
+        assert metric["num_samples"] == NUM_SAMPLES
+        assert metric["standard_error"] is None or metric["standard_error"] > 0
+        assert (metric["standard_error"] is None) == (name == "codebook_usage")
+        assert ("bias_corrected" in metric) == (name in distances | {"codebook_perplexity"})
+    assert record.metrics["fd_holdout"]["value"] < record.metrics["rfd"]["value"]
+    bits = record.metrics["validation_nll"]["value"] * GRID[0] * GRID[1] / np.log(2)
+    assert record.metrics["validation_bits_per_image"]["value"] == pytest.approx(bits)
+
+
+def test_a_record_says_what_it_was_made_from(record, options):
+    content = record.content
+    assert (record.step, content["seed"], content["extractor"]) == (STEP, 5, "efficientnet-lite0@32")
+    assert content["distance"] == "Fréchet distance (efficientnet-lite0@32)"
+    assert content["reference"]["n"] == 60
+    assert os.path.exists(reference_path(options.evaluation.path, content["reference"]["key"]))
+    for name in ("tokenizer_fingerprint", "code_dataset_root_hash", "extractor_fingerprint", "checkpoint_hash"):
+        assert len(content[name]) == 64
+    assert {"sampling", "reference", "holdout", "distance", "total"} <= set(content["wall_seconds"])
+    assert content["versions"]["torch"] and content["created_at"].endswith("+00:00")
+
+
+def test_grids_show_the_same_places_in_rows_of_classes(record, options):
+    sizes = set()
+    for name in ("samples", "real", "reconstructions"):
+        with open(os.path.join(options.evaluation.path, record.grids[name]), "rb") as file:
+            with Image.open(io.BytesIO(file.read())) as image:
+                sizes.add(image.size)
+    assert len(sizes) == 1
+
+
+def test_the_same_evaluation_is_the_same_record(record, options):
+    again = evaluate(with_evaluation(options, num_sampler_actors=2))
+    assert again == record
+    assert [each.path for each in list_records(options.evaluation.path)] == [record.path]
+
+
+def test_more_actors_and_a_kill_in_each_kind_change_no_number(record, options, tmp_path):
+    killed = []
+
+    def kill_one_of_each(done, totals):
+        for kind in ("SamplerActor", "FeatureActor"):
+            if kind in killed:
+                continue
+            for process in psutil.Process().children(recursive=True):
+                if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(kind)
+                    break
+
+    elsewhere = with_evaluation(options, path=str(tmp_path), num_sampler_actors=2, num_feature_actors=2)
+    again = evaluate(elsewhere, progress=kill_one_of_each)
+    assert sorted(killed) == ["FeatureActor", "SamplerActor"]
+    assert again.id == record.id and again.metrics == record.metrics
+    for name in record.grids:
+        with open(os.path.join(options.evaluation.path, record.grids[name]), "rb") as first:
+            assert first.read() == (tmp_path / again.grids[name]).read_bytes()
+
+
+def test_a_record_is_verified_by_measuring_again_and_a_wrong_one_is_not(record, options, tmp_path):
+    wrong = json.loads(json.dumps({name: record.content[name] for name in record.content if name != "grids"}))
+    wrong["metrics"]["gfd"]["value"] *= 1.00001
+    forged = write_record(str(tmp_path), "0" * 32, {k: v for k, v in wrong.items() if k != "sha256"}, {})
+    other_defaults = dataclasses.replace(with_evaluation(options, num_samples=24), sampling=SamplingOptions())
+    problems = verify_record(forged.path, other_defaults)
+    assert len(problems) == 1 and problems[0].startswith("gfd value: the record has")
+
+
+def test_a_record_of_other_images_does_not_verify_and_says_why(record, options):
+    other = dataclasses.replace(options, source=dataclasses.replace(options.source, seed=9))
+    problems = verify_record(record.path, other)
+    assert [problem.split(":")[0] for problem in problems] == ["holdout_key", "reference_key"]
+
+
+def test_seed_and_sampling_make_another_record_actors_and_grids_do_not(record, options):
+    same = with_evaluation(options, num_feature_actors=3, num_grid_images=4)
+    assert prepare(same).identity == record.content["identity"]
+    for other in (
+        dataclasses.replace(options, seed=6),
+        dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, temperature=0.9)),
+        with_evaluation(options, num_samples=32),
+        with_evaluation(options, extractor_resolution=64),
+        with_evaluation(options, num_reference_images=30),
+    ):
+        assert prepare(other).identity != record.content["identity"]
+
+
+def test_parts_that_do_not_belong_together_are_refused_by_name(options, tmp_path):
+    fingerprint = make_tokenizer(str(tmp_path / "tokenizer"), seed=1)
+    other_tokenizer = dataclasses.replace(options, tokenizer=TokenizerOptions(path=str(tmp_path / "tokenizer")))
+    with pytest.raises(ArtefactError, match=f"tokenizer.path is .*{fingerprint}.* trained on codes of tokenizer"):
+        evaluate(other_tokenizer)
+    commit = make_checkpoint(str(tmp_path / "run"), "e" * 64, fingerprint, num_classes=0)
+    with pytest.raises(ArtefactError, match="codes.path is .* trained on the code dataset with root hash e{64}"):
+        evaluate(dataclasses.replace(options, checkpoint=commit.path))
+    with pytest.raises(ConfigError, match="images.size is 32"):
+        evaluate(dataclasses.replace(options, images=ImageOptions(size=32)))
+
+
+def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
+    with pytest.raises(ConfigError, match="evaluation.num_samples is 7, but .* Raise it to 8"):
+        evaluate(with_evaluation(options, num_samples=7))
+    with pytest.raises(ConfigError, match="evaluation.extractor is inception"):
+        evaluate(with_evaluation(options, extractor="inception"))
+    with pytest.raises(ArtefactError, match="no committed checkpoint"):
+        evaluate(dataclasses.replace(options, run=RunOptions(path=str(tmp_path / "none"))))
+    with pytest.raises(ArtefactError, match="no such file"):
+        verify_record(str(tmp_path / "none.json"), options)
+
+
+def test_fewer_held_out_images_than_samples_are_warned_of(options, caplog):
+    with caplog.at_level(logging.WARNING, logger="evaluation.evaluate"):
+        preparation = prepare(with_evaluation(options, num_samples=64))
+    assert len(preparation.assignment.holdout_uris) == 48
+    assert "there are 48 held-out images" in caplog.text
+
+
+def test_records_of_an_evaluation_read_back(record):
+    assert read_record(record.path) == record

@@ -1,0 +1,73 @@
+"""The tokenizer artefact: written once, read strictly, every damage named."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from stages.errors import ArtefactError
+from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, save_tokenizer
+from stages.first_stage.tokenizer import Tokenizer
+from tests_support import TINY_TOKENIZER
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return Tokenizer(TINY_TOKENIZER).eval()
+
+
+def test_round_trip(tokenizer, tmp_path):
+    mark = save_tokenizer(tokenizer, str(tmp_path / "t"))
+    loaded = load_tokenizer(str(tmp_path / "t"))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert loaded.fingerprint == mark == fingerprint(loaded)
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_saving_the_same_again_is_harmless_and_another_is_refused(tokenizer, tmp_path):
+    mark = save_tokenizer(tokenizer, str(tmp_path))
+    assert save_tokenizer(tokenizer, str(tmp_path)) == mark
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias += 1
+    with pytest.raises(ArtefactError, match=mark):
+        save_tokenizer(tokenizer, str(tmp_path))
+
+
+def test_every_tensor_is_in_the_fingerprint(tokenizer):
+    marks = {fingerprint(tokenizer)}
+    for parameter in tokenizer.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1
+        marks.add(fingerprint(tokenizer))
+    assert len(marks) == 1 + len(list(tokenizer.parameters()))
+
+
+@pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.99])
+def test_a_flipped_bit_is_seen(tokenizer, tmp_path, position):
+    save_tokenizer(tokenizer, str(tmp_path))
+    path = tmp_path / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ArtefactError):
+        load_tokenizer(str(tmp_path))
+
+
+def test_unfinished_and_foreign_folders_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ArtefactError, match="train-tokenizer"):
+        load_tokenizer(str(tmp_path))
+    save_tokenizer(tokenizer, str(tmp_path))
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**content, "format_version": 99}))
+    with pytest.raises(ArtefactError, match="format version"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / CONFIG).write_text("{")
+    with pytest.raises(ArtefactError, match="damaged"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    os.remove(tmp_path / WEIGHTS)
+    with pytest.raises(ArtefactError, match="damaged"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,142 @@
+"""The transformer: causality, cache, conditioning, parameter bookkeeping."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from stages.errors import ConfigError
+from stages.options import ConditioningOptions, ModelOptions
+from stages.second_stage.transformer import (
+    KVCache,
+    Transformer,
+    nll,
+    num_parameters,
+    parameter_groups,
+    rope_angles,
+    rotate,
+    transformer_config,
+)
+
+OPTIONS = ModelOptions(num_layers=2, hidden_size=32, num_heads=2)
+
+
+def build(conditioning="class", **changes):
+    torch.manual_seed(0)
+    config = transformer_config(
+        dataclasses.replace(OPTIONS, **changes), ConditioningOptions(name=conditioning), codebook_size=16, grid=(3, 4), num_classes=5
+    )
+    model = Transformer(config)
+    torch.nn.init.normal_(model.head.weight)  # the shipped initialisation is zero, which would hide everything
+    return model.eval()
+
+
+@pytest.fixture(params=["class", "none"])
+def model(request):
+    return build(request.param)
+
+
+def codes_and_labels(batch=3):
+    return torch.randint(0, 16, (batch, 12)), torch.tensor([0, 4, -1])[:batch]
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    config = transformer_config(OPTIONS, ConditioningOptions(), codebook_size=16, grid=(3, 4), num_classes=5)
+    codes, labels = codes_and_labels()
+    losses = nll(Transformer(config)(codes, labels), codes)
+    torch.testing.assert_close(losses, torch.full((3,), 12 * math.log(16)))
+
+
+def test_logits_depend_on_earlier_codes_only(model):
+    codes, labels = codes_and_labels()
+    changed = codes.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 16
+    before, after = model(codes, labels), model(changed, labels)
+    torch.testing.assert_close(before[:, :6], after[:, :6])
+    assert (before[:, 6:] - after[:, 6:]).abs().amax(dim=(0, 2)).min() > 1e-6
+
+
+def test_cached_steps_equal_the_whole_sequence(model):
+    codes, labels = codes_and_labels()
+    cache = KVCache(model.config, 3, 12, torch.float32, "cpu")
+    logits = [model.prefill(labels, cache)] + [model.step(codes[:, i], cache) for i in range(11)]
+    torch.testing.assert_close(torch.stack(logits, 1), model(codes, labels), atol=1e-5, rtol=1e-5)
+
+
+def test_class_changes_the_logits_and_null_is_a_class_of_its_own():
+    model = build("class")
+    codes = torch.randint(0, 16, (1, 12)).expand(6, 12)
+    logits = model(codes, torch.tensor([0, 1, 2, 3, 4, -1]))
+    assert len({tuple(row.flatten()[:4].tolist()) for row in logits}) == 6
+
+
+def test_unconditional_ignores_labels():
+    model = build("none")
+    codes = torch.randint(0, 16, (1, 12)).expand(3, 12)
+    logits = model(codes, torch.tensor([0, 4, -1]))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("conditioning", ["class", "none"])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}])
+def test_parameters_are_counted_without_building(conditioning, changes):
+    model = build(conditioning, **changes)
+    assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_only_linear_matrices_decay(model):
+    decayed, kept = parameter_groups(model, 0.1)
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert {id(p) for p in decayed["params"]} == linears
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    angles = rope_angles((4, 4), 1, 8, 100.0)
+    assert torch.equal(angles[0], torch.zeros(4)), "the prefix does not turn"
+    q, k = torch.randn(8), torch.randn(8)
+
+    def score(i, j):
+        turned = [rotate(x[None, None, None], angles[1 + p].cos(), angles[1 + p].sin()) for x, p in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(0, 5), score(10, 15))  # one row and one column apart, both times
+    torch.testing.assert_close(score(1, 2), score(13, 14))
+    assert not torch.isclose(score(0, 1), score(0, 4)), "a step right is not a step down"
+    torch.testing.assert_close(rotate(q[None, None, None], angles[7].cos(), angles[7].sin()).norm(), q.norm())
+
+
+def test_dropout_acts_in_training_only():
+    model = build(residual_dropout=0.5, embedding_dropout=0.5)
+    codes, labels = codes_and_labels()
+    assert torch.equal(model(codes, labels), model(codes, labels))
+    model.train()
+    assert not torch.equal(model(codes, labels), model(codes, labels))
+
+
+def test_learns_to_repeat_the_class():
+    model = build().train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1e-2)
+    labels = torch.arange(5)
+    codes = labels[:, None].expand(5, 12).contiguous()
+    for _ in range(60):
+        loss = nll(model(codes, labels), codes).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1.0
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="model.hidden_size is 36.*Use 40"):
+        transformer_config(
+            dataclasses.replace(OPTIONS, hidden_size=36), ConditioningOptions(), codebook_size=16, grid=(2, 2), num_classes=0
+        )
+
+
+def test_class_conditioning_needs_classes():
+    config = transformer_config(OPTIONS, ConditioningOptions(name="class"), codebook_size=16, grid=(2, 2), num_classes=0)
+    with pytest.raises(ConfigError, match="conditioning.name is class"):
+        Transformer(config)

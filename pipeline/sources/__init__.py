@@ -1,26 +1,30 @@
-import gzip
-from dataclasses import dataclass
-import numpy as np
-import pyarrow as pa
+"""Where images come from: the contract, the registry, and one module per source."""
 
-SOURCES = {"fashion-mnist": "pipeline.sources:FM"}
+import importlib
 
-@dataclass(frozen=True)
-class Example:
-    image: np.ndarray
-    conditions: dict
+from pipeline.sources.contract import Example, Source, listing
+from stages.errors import ConfigError
+from stages.options import ImageOptions, SourceOptions
 
-class FM:
-    class_names = tuple("abcdefghij")
-    def __init__(self, options, images): self.o = options
-    def list_images(self, split):
-        n = self.o.num_images or 60000
-        return pa.table({"image_id": np.arange(n), "uri": [f"fm://{i}" for i in range(n)], "label": np.zeros(n, np.int32)})
-    def fetch(self, uri):
-        if not hasattr(self, "d"):
-            raw = gzip.open("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").read()
-            self.d = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 784)
-        return self.d[int(uri[5:])].tobytes()
-    def decode(self, data): return Example(np.frombuffer(data, np.uint8).reshape(28, 28, 1), {})
+__all__ = ["SOURCES", "Example", "Source", "listing", "open_source"]
 
-def open_source(options, images): return FM(options, images)
+SOURCES = {
+    "scenes": "pipeline.sources.scenes:Scenes",
+    "fashion-mnist": "pipeline.sources.fashion_mnist:FashionMnist",
+    "image-folder": "pipeline.sources.image_folder:ImageFolder",
+    "parquet": "pipeline.sources.parquet_files:ParquetFiles",
+}
+
+
+def open_source(options: SourceOptions, images: ImageOptions) -> Source:
+    """The source of that name, or at that `package.module:Class`.
+
+    Raises:
+        ConfigError: no such source, or one that its options do not fit.
+    """
+    module, colon, attribute = SOURCES.get(options.name, options.name).partition(":")
+    if not colon:
+        raise ConfigError(
+            f"source.name is {options.name}, but it must be one of: {', '.join(sorted(SOURCES))}; or package.module:Class. Choose one."
+        )
+    return getattr(importlib.import_module(module), attribute)(options, images)

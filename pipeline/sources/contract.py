@@ -1,0 +1,95 @@
+"""What a source must do, and helpers that sources share."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.errors import ConfigError
+from stages.hashing import hash64, uniform
+from stages.options import SourceOptions
+
+Split = Literal["train", "holdout"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded image, uint8 (H, W, 1 or 3), and what else is known of it per pixel or point."""
+
+    image: np.ndarray
+    conditions: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Images by uri. Sources are small and picklable: they travel to the tasks that read."""
+
+    class_names: tuple[str, ...]  # empty when images have no classes
+
+    def list_images(self, split: Split) -> pa.Table:
+        """Table of `listing`; ids unique, and stable from one listing to the next. ConfigError when there is nothing."""
+
+    def fetch(self, uri: str) -> bytes:
+        """The stored bytes of an image. FileNotFoundError if it is gone, OSError for other faults of storage."""
+
+    def decode(self, data: bytes) -> Example:
+        """Pixels of fetched bytes. BadImage when the content cannot be used."""
+
+
+def listing(
+    image_id: np.ndarray,
+    uri: Sequence[str],
+    label: np.ndarray | None = None,
+    num_bytes: Sequence[int] | None = None,
+    etag: Sequence[str] | None = None,
+) -> pa.Table:
+    """Table with image_id int64, uri string, label int32, num_bytes int64, etag string; what is not given is null."""
+    n = len(image_id)
+    return pa.table(
+        {
+            "image_id": pa.array(image_id, pa.int64()),
+            "uri": pa.array(uri, pa.string()),
+            "label": pa.nulls(n, pa.int32()) if label is None else pa.array(label, pa.int32()),
+            "num_bytes": pa.nulls(n, pa.int64()) if num_bytes is None else pa.array(num_bytes, pa.int64()),
+            "etag": pa.nulls(n, pa.string()) if etag is None else pa.array(etag, pa.string()),
+        }
+    )
+
+
+def hashed_id(text: str) -> int:
+    """A 63-bit id of a name: the start of its sha-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def check_listing(table: pa.Table, options: SourceOptions, split: Split) -> pa.Table:
+    """The listing, cut to the number of images asked for.
+
+    Raises:
+        ConfigError: it is empty, or two images share an id.
+    """
+    if len(table) == 0:
+        raise ConfigError(f"source.path is {options.path}, but there are no {split} images in it. Name a place with images.")
+    if len(pc.unique(table["image_id"])) != len(table):
+        raise ConfigError(f"source.path is {options.path}, but two of its images have the same image_id. Make the ids (or paths) unique.")
+    limit = options.num_images if split == "train" else options.num_holdout_images
+    return table if limit is None else table.slice(0, limit)
+
+
+def split_by_hash(table: pa.Table, options: SourceOptions, split: Split) -> pa.Table:
+    """Rows of a split where the source has none of its own: `holdout_fraction` of the ids, chosen by hash, are held out.
+
+    Raises:
+        ConfigError: held-out images are asked for, but neither holdout_path nor holdout_fraction is set.
+    """
+    if options.holdout_fraction == 0:
+        if split == "holdout":
+            raise ConfigError(
+                "source.holdout_fraction is 0 and source.holdout_path is not set, but evaluation compares with held-out images. "
+                "Set one of them."
+            )
+        return table
+    is_held_out = uniform(hash64(options.seed, table["image_id"].to_numpy())) < options.holdout_fraction
+    return table.filter(pa.array(is_held_out if split == "holdout" else ~is_held_out))

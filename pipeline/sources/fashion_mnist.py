@@ -1,0 +1,106 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 60,000 training and 10,000 held-out grey images of clothes, 28 x 28."""
+
+import functools
+import gzip
+import hashlib
+import os
+import urllib.request
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.sources.contract import Example, Split, check_listing, listing
+from stages.errors import BadImage, ConfigError
+from stages.options import ImageOptions, SourceOptions
+
+SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian package dataset-fashion-mnist
+HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# As published beside the data: https://github.com/zalandoresearch/fashion-mnist#get-the-data
+MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+PREFIX = {"train": "train", "holdout": "t10k"}
+SIDE = 28
+
+
+class FashionMnist:
+    """IDX files in `source.path`, else in Debian's folder, else downloaded once into the user's cache and checked."""
+
+    class_names = (
+        "t-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    )
+
+    def __init__(self, options: SourceOptions, images: ImageOptions):
+        self.options = options
+
+    def list_images(self, split: Split) -> pa.Table:
+        labels = _read_idx(self._file(f"{PREFIX[split]}-labels-idx1-ubyte.gz"))
+        # The two splits are numbered apart, so that an id says which image it is.
+        ids = np.arange(len(labels)) + (0 if split == "train" else 1_000_000)
+        uris = [f"fashion-mnist://{split}/{i}" for i in range(len(labels))]
+        return check_listing(listing(ids, uris, labels.astype(np.int32)), self.options, split)
+
+    def fetch(self, uri: str) -> bytes:
+        split, index = uri.removeprefix("fashion-mnist://").split("/")
+        images = _read_idx(self._file(f"{PREFIX[split]}-images-idx3-ubyte.gz"))
+        return images[int(index)].tobytes()
+
+    def decode(self, data: bytes) -> Example:
+        if len(data) != SIDE * SIDE:
+            raise BadImage("truncated", f"{len(data)} bytes, but an image has {SIDE * SIDE}")
+        return Example(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 1))
+
+    def _file(self, name: str) -> str:
+        folder = self.options.path or (SYSTEM_FOLDER if os.path.isdir(SYSTEM_FOLDER) else _cache_folder())
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            if self.options.path:
+                raise ConfigError(f"source.path is {self.options.path}, but {name} is not in it. Put the four IDX files there.")
+            _download(name, path)
+        return path
+
+
+def _cache_folder() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera", "fashion-mnist")
+
+
+def _download(name: str, path: str) -> None:
+    try:
+        with urllib.request.urlopen(HOME + name, timeout=60) as response:
+            data = response.read()
+    except OSError as error:
+        raise ConfigError(
+            f"source.name is fashion-mnist, but {HOME + name} cannot be reached ({error}). Install Debian's dataset-fashion-mnist, or put "
+            f"the four IDX files into a folder and set source.path."
+        ) from None
+    if hashlib.md5(data).hexdigest() != MD5[name]:
+        raise ConfigError(f"source.name is fashion-mnist, but {HOME + name} does not have its published checksum. Try again later.")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_idx(path: str) -> np.ndarray:
+    """uint8 array of an IDX file: two zero bytes, type 8, number of dimensions, big-endian sizes, values."""
+    with gzip.open(path, "rb") as file:
+        data = file.read()
+    if data[:3] != b"\0\0\x08":
+        raise ConfigError(f"{path} is not an IDX file of bytes, but it must be. Replace it.")
+    num_dimensions = data[3]
+    shape = np.frombuffer(data, ">i4", num_dimensions, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)

@@ -279,7 +279,7 @@ def check_binding(
 
 def measure(assignment: Assignment, progress: Progress | None = None) -> Measurement:
     """Runs an evaluation actor to its end and returns what it measured."""
-    actor = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)(EvaluationActor).remote(assignment)
+    actor: Any = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2).remote(assignment)
     totals = {
         "sampling": assignment.evaluation.num_samples,
         "reference": len(assignment.reference_uris),

@@ -2,7 +2,6 @@
 reconstructions."""
 
 import logging
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from evaluation.extractors import open_extractor
 from evaluation.tally import RealImages
 from pipeline.images import apply_view
+from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
 from stages.errors import BadImage, TesseraError
@@ -20,7 +20,6 @@ from stages.options import EvaluationOptions, ImageOptions
 logger = logging.getLogger(__name__)
 
 VIEW = "center"
-FETCH_ATTEMPTS = 3
 # Identical images have no finite PSNR.
 MAX_PSNR = 100.0
 
@@ -102,25 +101,15 @@ def read_view(source: Source, uri: str, images: ImageOptions) -> np.ndarray | No
     Raises:
         TesseraError: the storage failed several times.
     """
-    data = _fetch(source, uri)
     try:
-        return apply_view(source.decode(data).image, VIEW, images)
+        return apply_view(source.decode(fetch(source, uri)).image, VIEW, images)
     except BadImage as error:
         logger.warning("%s cannot be used and is left out: %s", uri, error)
         return None
-
-
-def _fetch(source: Source, uri: str) -> bytes:
-    for attempt in range(1, FETCH_ATTEMPTS + 1):
-        try:
-            return source.fetch(uri)
-        except OSError as error:
-            logger.warning("Attempt %d of %d to read %s failed: %s", attempt, FETCH_ATTEMPTS, uri, error)
-            last = error
-        time.sleep(0.5 * attempt)
-    raise TesseraError(
-        f"{uri} cannot be read ({last}), but it was listed. Restore the file or the connection."
-    ) from last
+    except OSError as error:
+        raise TesseraError(
+            f"{uri} is listed, but it cannot be read ({error}). Restore the storage or connection."
+        ) from error
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:

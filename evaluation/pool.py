@@ -55,9 +55,13 @@ class ActorPool:
 
         Raises:
             RayActorError: the constructor of an actor failed.
+            TesseraError: too many have died.
+            RuntimeError: the pool was closed.
         """
         while True:
             with self._lock:
+                if self._is_closed:
+                    raise RuntimeError(f"the pool of {self.name} actors is closed")
                 self._collect_started()
                 if self._loads:
                     actor = min(self._loads, key=lambda candidate: self._loads[candidate])
@@ -85,18 +89,9 @@ class ActorPool:
         with self._lock:
             if self._is_closed:
                 raise error
-            lost = [actor for actor in self._loads if actor._actor_id.hex() == error.actor_id]
-            for actor in lost:
+            for actor in [actor for actor in self._loads if actor._actor_id.hex() == error.actor_id]:
                 del self._loads[actor]
-                ray.kill(actor)
-                if self._replacements_left == 0:
-                    raise TesseraError(
-                        f"evaluation's {self.name} actors died {3 * self.size + 1} times, but a sound one does not. "
-                        "See the Ray logs for the reason; most often memory ran out."
-                    ) from error
-                self._replacements_left -= 1
-                logger.warning("A %s actor died and is replaced: %s", self.name, str(error).splitlines()[0])
-                self._start()
+                self._replace(actor, error)
 
     def close(self) -> None:
         """Ends all actors; whoever still waits for one gets its error."""
@@ -112,13 +107,29 @@ class ActorPool:
         self._starting[actor.__ray_ready__.remote()] = actor
 
     def _collect_started(self) -> None:
-        done, _ = (
-            ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if self._starting else ([], [])
-        )
+        waiting = list(self._starting)
+        done = ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if waiting else []
         for reference in done:
             actor = self._starting.pop(reference)
-            ray.get(reference)
-            self._loads[actor] = 0
+            try:
+                ray.get(reference)
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise
+                self._replace(actor, error)
+            else:
+                self._loads[actor] = 0
+
+    def _replace(self, actor: Any, error: RayActorError) -> None:
+        ray.kill(actor)
+        if self._replacements_left == 0:
+            raise TesseraError(
+                f"evaluation's {self.name} actors died {3 * self.size + 1} times, but a sound one does not. "
+                "See the Ray logs for the reason; most often memory ran out."
+            ) from error
+        self._replacements_left -= 1
+        logger.warning("A %s actor died and is replaced: %s", self.name, str(error).splitlines()[0])
+        self._start()
 
 
 def run_items(

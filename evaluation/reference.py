@@ -87,10 +87,11 @@ def store_reference(
 ) -> StoredReference:
     """Keeps a reference and returns what is kept: the first one stored under a key stays."""
     reference = Reference.of(statistics)
-    arrays = {"n": np.int64(statistics.n), "mean": statistics.mean, "m2": statistics.m2, "factor": reference.factor}
+    n, mean, m2 = np.int64(statistics.n), statistics.mean, statistics.m2
+    arrays: dict[str, Any] = {"n": n, "mean": mean, "m2": m2, "factor": reference.factor}
     meta = {"key": key, "sha256": _arrays_hash(arrays), "num_unusable": num_unusable, "format_version": FORMAT_VERSION}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, mu=statistics.mean, sigma=statistics.covariance, meta=np.array(json.dumps(meta)))
+    np.savez(buffer, **arrays, mu=mean, sigma=statistics.covariance, meta=np.array(json.dumps(meta)))
     storage.put_if_absent(reference_path(evaluation_path, key), buffer.getvalue())
     stored = load_reference(evaluation_path, key)
     assert stored is not None

@@ -1,7 +1,8 @@
 """One set of functions for local paths and s3:// paths.
 
-S3 goes through s3fs to whatever endpoint the standard AWS environment variables name. Nothing here renames on S3 or trusts an
-existence check before a write: `put_if_absent` is `link(2)` locally and a conditional PUT on S3, so exactly one writer wins.
+S3 goes through s3fs to whatever endpoint the standard AWS environment variables name. Nothing here renames on S3 or trusts
+an existence check before a write: `put_if_absent` is `link(2)` locally and a conditional PUT on S3, so exactly one writer
+wins.
 """
 
 import functools
@@ -9,12 +10,16 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from stages.errors import TesseraError
 
 S3 = "s3://"
+TEMPORARY = ".tmp-"  # names of local files that are still being written; never listed
+CONFLICT_ATTEMPTS = 5
 
 
 def is_local(path: str) -> bool:
@@ -34,9 +39,7 @@ def join(path: str, *parts: str) -> str:
 
 def exists(path: str) -> bool:
     """Whether a file is there."""
-    if is_local(path):
-        return os.path.isfile(path)
-    return _fs().isfile(path)
+    return os.path.isfile(path) if is_local(path) else _fs().isfile(path)
 
 
 def size(path: str) -> int:
@@ -53,38 +56,37 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_range(path: str, start: int, length: int) -> bytes:
-    """`length` bytes from `start`. Raises FileNotFoundError."""
+    """`length` bytes from `start`, fewer where the file ends. Raises FileNotFoundError."""
     if is_local(path):
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(length)
-    return _fs().cat_file(path, start=start, end=start + length)
+    return _fs().cat_file(path, start=start, end=start + length) if length else b""
 
 
 def list_files(path: str, suffix: str = "") -> list[str]:
-    """Every file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder."""
+    """Every finished file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder."""
     if is_local(path):
         found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
     else:
-        fs = _fs()
-        fs.invalidate_cache()
-        found = [S3 + name for name in fs.find(path)]
-    return sorted(name for name in found if name.endswith(suffix))
+        found = [S3 + name for name in _fs().find(path)]
+        found = [name for name in found if name.startswith(path.rstrip("/") + "/")]  # `find` also names the folder itself
+    return sorted(name for name in found if name.endswith(suffix) and not os.path.basename(name).startswith(TEMPORARY))
 
 
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless it exists; durable and all or nothing. Returns whether this call wrote it."""
     if is_local(path):
         return _link_new(path, lambda file: file.write(data))
-    return _conditional_put(path, data)
+    return _conditional_put(path, functools.partial(_fs().pipe_file, path, data))
 
 
 def put_file_if_absent(path: str, local_file: str) -> bool:
-    """Like `put_if_absent`, with the contents of a local file."""
+    """Like `put_if_absent`, with the contents of a local file. Raises FileNotFoundError when that file is missing."""
+    if not is_local(path):
+        return _conditional_put(path, functools.partial(_fs().put_file, local_file, path))
     with open(local_file, "rb") as source:
-        if is_local(path):
-            return _link_new(path, lambda file: shutil.copyfileobj(source, file))
-        return _conditional_put(path, source.read())
+        return _link_new(path, lambda file: shutil.copyfileobj(source, file))
 
 
 def replace(path: str, data: bytes) -> None:
@@ -92,13 +94,10 @@ def replace(path: str, data: bytes) -> None:
     if not is_local(path):
         _fs().pipe_file(path, data)
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    folder = os.path.dirname(path) or "."
+    _make_folder(folder)
+    os.replace(_write_temporary(folder, lambda file: file.write(data)), path)
+    _sync_folder(folder)
 
 
 def delete(path: str) -> None:
@@ -111,11 +110,11 @@ def delete(path: str) -> None:
 
 def delete_tree(path: str) -> None:
     """Removes a folder with all below it; nothing happens when there is none."""
-    if is_local(path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    for name in list_files(path):
-        delete(name)
+    if not is_local(path):
+        for name in list_files(path):
+            delete(name)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
 
 
 def local_copy(path: str) -> str:
@@ -142,32 +141,54 @@ def check_conditional_put(path: str) -> None:
     if is_local(path):
         return
     probe = join(path, "_tmp", f"probe-{uuid.uuid4().hex}")
-    first, second = _conditional_put(probe, b"1"), _conditional_put(probe, b"2")
+    first, second = put_if_absent(probe, b"1"), put_if_absent(probe, b"2")
     delete(probe)
     if not first or second:
         raise TesseraError(
-            f"The store behind {path} accepts a conditional write of a key that exists, but commits rest on its refusal. Use a store that "
-            f"honours If-None-Match, or a local path."
+            f"The store behind {path} accepts a conditional write of a key that exists, but commits rest on its refusal. "
+            f"Use a store that honours If-None-Match, or a local path."
         )
 
 
-def _link_new(path: str, write: Any) -> bool:
+def _link_new(path: str, write: Callable[[BinaryIO], Any]) -> bool:
     folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
+    _make_folder(folder)
+    temporary = _write_temporary(folder, write)
     try:
-        with open(temporary, "wb") as file:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    _sync_folder(folder)
+    return True
+
+
+def _write_temporary(folder: str, write: Callable[[BinaryIO], Any]) -> str:
+    temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
+    with open(temporary, "wb") as file:
+        try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        _sync_folder(folder)
-        return True
-    finally:
-        os.unlink(temporary)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return temporary
+
+
+def _make_folder(folder: str) -> None:
+    """Makes a folder so that it survives a power cut: its name is in its parent, which is what must be synced."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder) or "."
+    _make_folder(parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    _sync_folder(parent)
 
 
 def _sync_folder(folder: str) -> None:
@@ -178,12 +199,26 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _conditional_put(path: str, data: bytes) -> bool:
-    try:
-        _fs().pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    return True
+def _conditional_put(path: str, upload: Callable[..., Any]) -> bool:
+    """PUT with `If-None-Match: *`. Each call signs its object, so that a refusal of its own repeated request is told apart."""
+    writer = uuid.uuid4().hex
+    for attempt in range(CONFLICT_ATTEMPTS):
+        try:
+            upload(mode="create", Metadata={"writer": writer})
+            return True
+        except OSError as error:
+            status = _http_status(error)
+            if status == 412:
+                return _fs().metadata(path, refresh=True).get("writer") == writer
+            if status != 409 or attempt == CONFLICT_ATTEMPTS - 1:  # 409: another writer is at it just now
+                raise
+            time.sleep(0.1 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _http_status(error: OSError) -> int | None:
+    response = getattr(error.__cause__, "response", {})
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
 @functools.cache

@@ -1,47 +1,43 @@
-"""The tokenize job on Ray Data: CPU tasks read and decode a shard, an actor pool encodes and commits it.
+"""The tokenize job on Ray Data: CPU tasks read and decode shards, an actor pool encodes and commits them.
 
-The unit of work is a shard of the frozen plan. A task that is retried or run twice meets the receipt of the first and changes
-nothing, so a killed job is run again and does only what is missing.
+The unit of work is a shard of the frozen plan. A task that is retried or run twice meets the receipt of the first and
+changes nothing, so a killed job is run again and does only what is missing.
 """
 
-import hashlib
+import io
 import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 
 from pipeline import storage
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
-from pipeline.code_dataset.parts import PartRows
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.reader import read_manifest
-from pipeline.code_dataset.receipts import commit_shard, finished_shards, read_receipts
-from pipeline.images import apply_view, preprocessing_spec
-from pipeline.sources import open_source
+from pipeline.code_dataset.receipts import finished_shards, read_receipts
+from pipeline.images import VIEWS, preprocessing_spec
+from pipeline.shard_tasks import ShardEncoder, ShardJob, decode_shard
+from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import to_dict, to_yaml
-from stages.errors import ArtefactError, BadImage, ConfigError, TesseraError
-from stages.first_stage.pixels import to_float
+from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
-READ_ATTEMPTS = 4
-READ_RETRY_SECONDS = 1.0
+LOG_SECONDS = 5.0
+NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions:
-    """The sections that `tokenize` takes."""
+    """The sections that `tokenize` takes. Paths are absolute: Ray workers run in folders of their own."""
 
     source: SourceOptions
     images: ImageOptions
@@ -64,24 +60,35 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     """Writes the code dataset of a source, or what is missing of it. Ray must be connected.
 
     Raises:
-        ConfigError: an empty source or views that do not exist.
+        ConfigError: an empty source, or images, views or a codebook that do not fit. Nothing is written.
         ArtefactError: no tokenizer, or a folder that holds another code dataset.
         TesseraError: more images are unusable than `codes.max_quarantined_fraction` allows; nothing is published.
     """
     tokenizer = open_tokenizer(options.tokenizer.path)
     check_images(tokenizer, options)
     source = open_source(options.source, options.images)
+    plan = make_plan(
+        source.list_images("train"), plan_identity(tokenizer, options, source.class_names), options.codes.shard_size
+    )
     root = options.codes.path
     storage.check_conditional_put(root)
-    plan = make_plan(source.list_images("train"), plan_identity(tokenizer, options), options.codes.shard_size)
     freeze(root, plan)
     storage.put_if_absent(storage.join(root, "config.yaml"), to_yaml(options).encode())
     if not storage.list_files(storage.join(root, "versions")):
         _encode_missing_shards(options, plan, source, tokenizer.fingerprint)
-        receipts = read_receipts(root, plan.fingerprint)
-        check_quarantine(receipts, plan, options.codes.max_quarantined_fraction)
-        publish(root, receipts, _description(options, plan, tokenizer, source.class_names))
+        receipts = read_receipts(root, plan.fingerprint, plan.num_shards)
+        check_quarantine(root, receipts, options.codes.max_quarantined_fraction)
+        publish(root, receipts, _description(options, plan, tokenizer))
+    return _summary(root, plan)
+
+
+def _summary(root: str, plan: Plan) -> TokenizeSummary:
     manifest = read_manifest(root)
+    if manifest["plan_fp"] != plan.fingerprint:
+        raise ArtefactError(
+            f"codes.path is {root}, which holds a code dataset of plan {manifest['plan_fp']}, but this job's plan is "
+            f"{plan.fingerprint}. Use another codes.path."
+        )
     return TokenizeSummary(
         dataset=root,
         root_hash=manifest["root_hash"],
@@ -92,52 +99,77 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
 
 
 def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> None:
-    """Refuses images that the tokenizer cannot take."""
+    """Refuses images, views and codebooks that do not fit each other.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     images = options.images
     if images.channels != tokenizer.config.in_channels:
         raise ConfigError(
-            f"images.channels is {images.channels}, but the tokenizer in {options.tokenizer.path} takes {tokenizer.config.in_channels}. "
-            f"Use the same number."
+            f"images.channels is {images.channels}, but the tokenizer in {options.tokenizer.path} takes "
+            f"{tokenizer.config.in_channels}. Use the same number."
         )
     if images.size % tokenizer.downsample:
-        raise ConfigError(f"images.size is {images.size}, but it must be a multiple of {tokenizer.downsample}, the tokenizer's patch side.")
+        raise ConfigError(
+            f"images.size is {images.size}, but the tokenizer's patches are {tokenizer.downsample} pixels wide. Use a multiple."
+        )
+    if not images.views or len(set(images.views)) < len(images.views) or not set(images.views) <= set(VIEWS):
+        raise ConfigError(
+            f"images.views is {list(images.views)}, but it must name at least one view, each once, of: {', '.join(VIEWS)}. "
+            f"Choose from these."
+        )
+    num_bits(tokenizer.codebook_size)
 
 
-def plan_identity(tokenizer: Tokenizer, options: TokenizeOptions) -> dict[str, Any]:
-    """Everything but the images that decides what the codes are."""
+def plan_identity(tokenizer: Tokenizer, options: TokenizeOptions, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Everything but the images that decides what the rows are."""
     return {
         "tokenizer": tokenizer.fingerprint,
         "preprocess": preprocessing_spec(options.images),
         "views": list(options.images.views),
+        "class_names": list(class_names),
         "codebook_size": tokenizer.codebook_size,
         "encode_precision": options.codes.encode_precision,
         "encode_batch_size": options.codes.encode_batch_size,
     }
 
 
-def check_quarantine(receipts: list[dict[str, Any]], plan: Plan, max_fraction: float) -> None:
-    """Fails the job when too many images were unusable, with counts and where to look."""
+def check_quarantine(root: str, receipts: list[dict[str, Any]], max_fraction: float) -> None:
+    """Fails the job when too many images were unusable, with counts and examples.
+
+    Raises:
+        TesseraError: more than `max_fraction` of the images are quarantined, or all of them.
+    """
     counts = total_counts(receipts, num_views=1)
     num_bad = sum(counts["n_quarantined"].values())
-    if num_bad > max_fraction * counts["n_input"] or counts["n_images"] == 0:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts["n_quarantined"].items()))
-        files = [receipt["quarantine"]["path"] for receipt in receipts if receipt["quarantine"]][:3]
-        raise TesseraError(
-            f"codes.max_quarantined_fraction is {max_fraction}, but {num_bad} of {counts['n_input']} images are unusable ({kinds}). "
-            f"Look at {', '.join(files)}; mend the images or raise the fraction."
-        )
+    if num_bad <= max_fraction * counts["n_input"] and counts["n_images"] > 0:
+        return
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts["n_quarantined"].items()))
+    paths = [receipt["quarantine"]["path"] for receipt in receipts if receipt["quarantine"]]
+    first = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, paths[0]))))
+    examples = ", ".join(first["uri"].to_pylist()[:NUM_EXAMPLES])
+    raise TesseraError(
+        f"codes.max_quarantined_fraction is {max_fraction}, but {num_bad} of {counts['n_input']} images are unusable "
+        f"({kinds}), such as {examples}. Mend or remove them (every one is listed under {storage.join(root, 'quarantine')}), "
+        f"or raise the fraction."
+    )
 
 
-def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer, class_names: tuple[str, ...]) -> dict[str, Any]:
+def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     grid = tokenizer.grid(options.images.size)
     num_codes, bits = grid[0] * grid[1], num_bits(tokenizer.codebook_size)
     return {
         "plan_fp": plan.fingerprint,
         "source": {**to_dict(options.source), "n_input": len(plan.images)},
-        "class_names": list(class_names),
-        "views": list(options.images.views),
+        "class_names": plan.identity["class_names"],
+        "views": plan.identity["views"],
         "grid": list(grid),
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "config": to_dict(tokenizer.config), "downsample": tokenizer.downsample},
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "config": to_dict(tokenizer.config),
+            "downsample": tokenizer.downsample,
+        },
         "preprocess": plan.identity["preprocess"],
         "encode": {"precision": options.codes.encode_precision, "batch_size": options.codes.encode_batch_size},
         "codec": {
@@ -150,127 +182,52 @@ def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer, cla
     }
 
 
-def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Any, fingerprint: str) -> None:
+def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source, tokenizer_fingerprint: str) -> None:
     done = finished_shards(options.codes.path, plan.fingerprint)
     missing = [shard for shard in range(plan.num_shards) if shard not in done]
     logger.info("%d of %d shards are missing", len(missing), plan.num_shards)
     if not missing:
         return
+    job = ShardJob(
+        source=source,
+        images=options.images,
+        codes=options.codes,
+        plan_fingerprint=plan.fingerprint,
+        plan_images=ray.put(plan.images),
+        tokenizer_path=options.tokenizer.path,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # a shard's pixels stay one block, so an encoder always sees a whole shard
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
-        images = ray.put(plan.images)
-        dataset = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
-        decoded = dataset.map_batches(
-            _decode_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"images": images, "source": source, "options": options}
-        )
-        encoded = decoded.map_batches(
-            _ShardEncoder,
+        shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
+        decoded = shards.map_batches(decode_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job})
+        committed = decoded.map_batches(
+            ShardEncoder,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
+            num_gpus=gpus_per_encoder(options.codes.num_encoder_actors),
             compute=ray.data.ActorPoolStrategy(size=options.codes.num_encoder_actors),
-            fn_constructor_kwargs={"options": options, "plan_fingerprint": plan.fingerprint, "fingerprint": fingerprint},
+            fn_constructor_kwargs={"job": job},
         )
-        started, num_done = time.monotonic(), 0
-        for batch in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-            num_done += len(batch)
-            rate = num_done / (time.monotonic() - started)
-            logger.info("Shard %d of %d, ETA %.0f s", len(done) + num_done, plan.num_shards, (len(missing) - num_done) / rate)
+        _wait(committed, len(missing))
 
 
-def _decode_shard(table: pa.Table, images: Any, source: Any, options: TokenizeOptions) -> pa.Table:
-    """Reads and decodes one shard: a row per image, with the pixels of all its views or with what is wrong with it."""
-    (shard,) = table["shard"].to_pylist()
-    rows = ray.get(images).filter(pc.field("shard") == shard).to_pylist()
-    return pa.Table.from_pylist([_decode_image(row, source, options) for row in rows], schema=_decoded_schema(options.images))
+def gpus_per_encoder(num_encoder_actors: int) -> float:
+    """An equal share of the cluster's GPUs for each encoder, at most one; 0 in a cluster without GPUs."""
+    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_encoder_actors)
 
 
-def _decoded_schema(images: ImageOptions) -> pa.Schema:
-    num_bytes = len(images.views) * images.size**2 * images.channels
-    texts = [(name, pa.string()) for name in ("uri", "stage", "kind", "message", "sha256")]
-    numbers = [("shard", pa.int32()), ("image_id", pa.int64()), ("label", pa.int32())]
-    return pa.schema([*numbers, *texts, ("pixels", pa.binary(num_bytes))])
-
-
-def _decode_image(row: dict[str, Any], source: Any, options: TokenizeOptions) -> dict[str, Any]:
-    data, stage = b"", "fetch"
-    try:
-        data = fetch(source, row["uri"])
-        stage = "decode"
-        image = source.decode(data).image
-        views = [apply_view(image, view, options.images) for view in options.images.views]
-    except BadImage as error:
-        fault = {"stage": stage, "kind": error.kind, "message": error.message, "sha256": hashlib.sha256(data).hexdigest()}
-        return {**row, **fault, "pixels": None}
-    return {**row, "stage": None, "kind": None, "message": None, "sha256": None, "pixels": np.stack(views).tobytes()}
-
-
-def fetch(source: Any, uri: str) -> bytes:
-    """An image's bytes. A file that is not there is that image's fault; any other storage fault is retried and then raised.
-
-    Raises:
-        BadImage: the listed image does not exist.
-        OSError: storage kept failing.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            return source.fetch(uri)
-        except FileNotFoundError as error:
-            raise BadImage("missing", str(error)) from error
-        except OSError as error:
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            logger.warning("Reading %s failed (%s); trying again", uri, error)
-            time.sleep(READ_RETRY_SECONDS * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-class _ShardEncoder:
-    """Encodes, packs and commits one shard per call."""
-
-    def __init__(self, options: TokenizeOptions, plan_fingerprint: str, fingerprint: str):
-        self.options, self.plan_fingerprint = options, plan_fingerprint
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        self.tokenizer = open_tokenizer(options.tokenizer.path).to(self.device)
-        if self.tokenizer.fingerprint != fingerprint:
-            raise ArtefactError(
-                f"tokenizer.path is {options.tokenizer.path} with fingerprint {self.tokenizer.fingerprint} here, but the plan was made with "
-                f"{fingerprint}. Let every machine see the same tokenizer."
-            )
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        (shard,) = set(table["shard"].to_pylist())
-        good = table.filter(pc.is_valid(table["pixels"]))
-        bad = table.filter(pc.is_null(table["pixels"]))
-        num_views = len(self.options.images.views)
-        labels = good["label"].to_numpy() if good["label"].null_count == 0 else None
-        rows = PartRows(
-            codes=self._encode(good["pixels"]),
-            image_ids=good["image_id"].to_numpy().repeat(num_views),
-            views=np.tile(np.arange(num_views, dtype=np.int32), len(good)),
-            labels=None if labels is None else labels.repeat(num_views),
-        )
-        quarantined = bad.select(["image_id", "uri", "stage", "kind", "message", "sha256"]).to_pylist()
-        bits = num_bits(self.tokenizer.codebook_size)
-        commit_shard(self.options.codes.path, self.plan_fingerprint, shard, rows, quarantined, bits, num_views)
-        return pa.table({"shard": pa.array([shard], pa.int32())})
-
-    @torch.inference_mode()
-    def _encode(self, pixels: pa.ChunkedArray) -> np.ndarray:
-        """Codes of all views, int64 (images * views, L), in batches of one fixed shape whatever the shard holds."""
-        images, size = self.options.images, self.options.codes.encode_batch_size
-        h, w = self.tokenizer.grid(images.size)
-        flat = np.frombuffer(b"".join(pixels.to_pylist()), np.uint8)
-        views = flat.reshape(-1, images.size, images.size, images.channels)
-        codes = [np.zeros((0, h * w), np.int64)]
-        for start in range(0, len(views), size):
-            batch = np.zeros((size, *views.shape[1:]), np.uint8)
-            part = views[start : start + size]
-            batch[: len(part)] = part
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.codes.encode_precision == "bf16"):
-                encoded = self.tokenizer.encode(to_float(torch.from_numpy(batch).to(self.device)))
-            codes.append(encoded[: len(part)].cpu().numpy())
-        return np.concatenate(codes)
+def _wait(committed: ray.data.Dataset, num_missing: int) -> None:
+    """Runs the job to its end, logging how far it is every few seconds."""
+    started = logged = time.monotonic()
+    num_done = 0
+    for batch in committed.iter_batches(batch_size=None, batch_format="pyarrow"):
+        num_done += len(batch)
+        now = time.monotonic()
+        if now - logged >= LOG_SECONDS or num_done == num_missing:
+            left = (num_missing - num_done) * (now - started) / num_done
+            logger.info("%d of %d missing shards done, about %.0f s left", num_done, num_missing, left)
+            logged = now

@@ -16,8 +16,8 @@ def num_bits(codebook_size: int) -> int:
     bits = max(1, (codebook_size - 1).bit_length())
     if bits > MAX_BITS:
         raise ConfigError(
-            f"tokenizer.codebook_size is {codebook_size}, which needs {bits} bits per code, but the codes column holds at most {MAX_BITS}. "
-            f"Use at most {1 << MAX_BITS}."
+            f"tokenizer.codebook_size is {codebook_size}, which needs {bits} bits per code, but the codes column holds at "
+            f"most {MAX_BITS}. Use at most {1 << MAX_BITS}."
         )
     return bits
 
@@ -36,7 +36,7 @@ def pack(codes_NL: np.ndarray, bits: int) -> np.ndarray:
     if codes_NL.size and not (0 <= codes_NL.min() and codes_NL.max() < 1 << bits):
         raise ValueError(f"codes span [{codes_NL.min()}, {codes_NL.max()}], but {bits} bits hold [0, {(1 << bits) - 1}]")
     each_bit = (codes_NL.astype(np.uint32)[..., None] >> np.arange(bits, dtype=np.uint32)).astype(np.uint8) & 1
-    return np.packbits(each_bit.reshape(len(codes_NL), -1), axis=1, bitorder="little")
+    return np.packbits(each_bit.reshape(len(codes_NL), codes_NL.shape[1] * bits), axis=1, bitorder="little")
 
 
 def unpack(packed_NB: np.ndarray, num_codes: int, bits: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from pipeline import storage
+from stages.errors import ArtefactError
 
 FORMAT = "tessera-code-dataset"
 FORMAT_VERSION = 1
@@ -16,7 +17,25 @@ def canonical_json(value: Any) -> bytes:
 
 
 def sha256_hex(data: bytes) -> str:
+    """sha-256 as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ArtefactError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(storage.read_bytes(path))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew.") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Restore it, or tokenize anew.") from None
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} is damaged, but it must hold a JSON object. Restore it, or tokenize anew.")
+    return content
 
 
 def plan_path(root: str, plan_fingerprint: str) -> str:

@@ -1,7 +1,10 @@
-"""The plan: which images, in which order, split into which shards. Frozen before work starts and named by all that decides the codes."""
+"""The plan: which images, in which order, in which shards. Frozen before work starts, named by all that decides the codes."""
 
+import hashlib
 import io
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.code_dataset.layout import canonical_json, plan_path, sha256_hex
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
+
+COLUMNS = ["image_id", "uri", "label", "num_bytes", "etag"]
+IDENTITY = b"identity"
 
 
 @dataclass(frozen=True)
@@ -19,53 +25,83 @@ class Plan:
     """A frozen plan.
 
     Attributes:
-        fingerprint: sha-256 of the identity and the rows.
-        identity: everything else that decides the codes (tokenizer, preprocessing, views, codec, precision, batch size).
-        images: table of image_id int64, uri string, label int32 (nullable), shard int32, in plan order.
+        identity: what decides the codes besides the images: tokenizer, preprocessing, views, classes, codebook, precision,
+            batch size, shard size. JSON-able.
+        images: table of image_id int64, uri string, label int32 (nullable), num_bytes int64 (nullable), etag string
+            (nullable), shard int32, in plan order.
     """
 
-    fingerprint: str
     identity: dict[str, Any]
     images: pa.Table
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha-256 of the identity and of every row, sizes and entity tags included: a source that changed has another plan."""
+        rows = hashlib.sha256()
+        for batch in self.images.select(COLUMNS).to_batches():
+            for row in batch.to_pylist():
+                rows.update(canonical_json(row) + b"\n")
+        return sha256_hex(canonical_json({**self.identity, "rows": rows.hexdigest()}))
 
     @property
     def num_shards(self) -> int:
         return self.images["shard"][-1].as_py() + 1
 
-    @property
-    def has_labels(self) -> bool:
-        return self.images["label"].null_count == 0
-
-    def shard(self, shard: int) -> pa.Table:
-        """The images of one shard, in plan order."""
-        return self.images.filter(pc.field("shard") == shard)
-
 
 def make_plan(listing: pa.Table, identity: dict[str, Any], shard_size: int) -> Plan:
-    """Splits a listing into consecutive shards of `shard_size` images.
+    """Splits a listing (columns as in `COLUMNS`) into consecutive shards of `shard_size` images.
 
-    The name covers ids, uris, labels and, where the source knows them, sizes and entity tags: a source that changed gives another plan.
+    Raises:
+        ConfigError: the listing is empty, or a label is no class of `identity["class_names"]`.
     """
-    shards = np.arange(len(listing)) // shard_size
-    names = [name for name in ("image_id", "uri", "label", "num_bytes", "etag") if name in listing.column_names]
-    rows = sha256_hex("\n".join(canonical_json(row).decode() for row in listing.select(names).to_pylist()).encode())
-    images = listing.select(["image_id", "uri", "label"]).append_column("shard", pa.array(shards, pa.int32()))
-    return Plan(sha256_hex(canonical_json({**identity, "rows": rows, "shard_size": shard_size})), identity, images)
+    if len(listing) == 0:
+        raise ConfigError("source has 0 images, but there must be at least one. Name a place with images.")
+    num_classes = len(identity["class_names"])
+    bounds = pc.min_max(listing["label"]).as_py()
+    if num_classes and bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < num_classes:
+        raise ConfigError(
+            f"source has labels from {bounds['min']} to {bounds['max']}, but it names {num_classes} classes, counted from 0. "
+            f"Mend its labels."
+        )
+    shards = pa.array(np.arange(len(listing)) // shard_size, pa.int32())
+    return Plan({**identity, "shard_size": shard_size}, listing.select(COLUMNS).append_column("shard", shards))
 
 
 def freeze(root: str, plan: Plan) -> None:
     """Stores the plan.
 
     Raises:
-        ArtefactError: the folder belongs to another plan.
+        ArtefactError: the folder belongs to another plan, or holds a damaged one.
     """
-    present = {path.split("/")[-2] for path in storage.list_files(storage.join(root, "plans"), suffix="plan.parquet")}
-    if present - {plan.fingerprint}:
+    paths = storage.list_files(storage.join(root, "plans"), suffix="/plan.parquet")
+    others = {path.split("/")[-2] for path in paths} - {plan.fingerprint}
+    if others:
         raise ArtefactError(
-            f"codes.path is {root}, which holds a code dataset of plan {', '.join(sorted(present))}, but this job's plan is {plan.fingerprint}: "
-            f"its images, tokenizer or preprocessing differ. Use another codes.path."
+            f"codes.path is {root}, which holds a code dataset of plan {', '.join(sorted(others))}, but this job's plan is "
+            f"{plan.fingerprint}: its images, tokenizer or preprocessing differ. Use another codes.path."
         )
     buffer = io.BytesIO()
-    metadata = {b"identity": canonical_json(plan.identity)}
+    metadata = {IDENTITY: canonical_json(plan.identity)}
     pq.write_table(plan.images.replace_schema_metadata(metadata), buffer, write_page_checksum=True)
-    storage.put_if_absent(plan_path(root, plan.fingerprint), buffer.getvalue())
+    if not storage.put_if_absent(plan_path(root, plan.fingerprint), buffer.getvalue()):
+        read_plan(root, plan.fingerprint)
+
+
+def read_plan(root: str, fingerprint: str) -> Plan:
+    """A stored plan, checked against its name.
+
+    Raises:
+        ArtefactError: missing or damaged.
+    """
+    path = plan_path(root, fingerprint)
+    try:
+        images = pq.read_table(io.BytesIO(storage.read_bytes(path)), page_checksum_verification=True)
+        plan = Plan(json.loads(images.schema.metadata[IDENTITY]), images)
+        found = plan.fingerprint
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew.") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}). Restore it, or tokenize anew.") from None
+    if found != fingerprint:
+        raise ArtefactError(f"{path} is damaged: its fingerprint is {found}, not its name. Restore it, or tokenize anew.")
+    return plan

@@ -8,7 +8,14 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.code_dataset.codec import bytes_per_row, num_bits, unpack
-from pipeline.code_dataset.layout import FORMAT, FORMAT_VERSION, manifest_path, sha256_hex
+from pipeline.code_dataset.layout import (
+    FORMAT,
+    FORMAT_VERSION,
+    canonical_json,
+    manifest_path,
+    read_json,
+    sha256_hex,
+)
 from pipeline.code_dataset.parts import CODES, IMAGE_ID, LABEL, VIEW, column_dtypes
 from pipeline.code_dataset.publish import counts_add_up, root_hash
 from stages.errors import ArtefactError
@@ -23,8 +30,17 @@ def read_version(root: str) -> dict[str, Any]:
     paths = storage.list_files(storage.join(root, "versions"), suffix=".json")
     if not paths:
         state = "an unfinished one" if storage.list_files(root) else "none"
-        raise ArtefactError(f"codes.path is {root}, but there must be a published code dataset and there is {state}. Run tokenize first.")
-    return _json(paths[-1])
+        raise ArtefactError(
+            f"codes.path is {root}, but there must be a published code dataset and there is {state}. Run tokenize first."
+        )
+    version = read_json(paths[-1])
+    content = {key: value for key, value in version.items() if key != "sha256"}
+    found = sha256_hex(canonical_json(content))
+    if found != version.get("sha256"):
+        raise ArtefactError(
+            f"{paths[-1]} is damaged: its sha-256 is {found}, but it says {version.get('sha256')}. Restore it, or tokenize anew."
+        )
+    return version
 
 
 def read_manifest(root: str) -> dict[str, Any]:
@@ -34,32 +50,33 @@ def read_manifest(root: str) -> dict[str, Any]:
         ArtefactError: missing, damaged or of an unknown format.
     """
     version = read_version(root)
-    digest = version.get("manifest_sha256")
-    path = manifest_path(root, str(digest))
+    digest = version["manifest_sha256"]
+    path = manifest_path(root, digest)
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing, but the newest version refers to it. Restore it, or tokenize anew.") from None
+        raise ArtefactError(
+            f"{path} is missing, but the newest version refers to it. Restore it, or tokenize anew."
+        ) from None
     if sha256_hex(data) != digest:
-        raise ArtefactError(f"{path} is damaged: its sha-256 is {sha256_hex(data)}, but it must be its name. Restore it, or tokenize anew.")
+        raise ArtefactError(
+            f"{path} is damaged: its sha-256 is {sha256_hex(data)}, but it must be its name. Restore it, or tokenize anew."
+        )
     manifest = json.loads(data)
-    if manifest["format"] != FORMAT or manifest["format_version"] != FORMAT_VERSION:
-        raise ArtefactError(f"{root} has format version {manifest['format_version']}, but this reader knows {FORMAT_VERSION}. Update Tessera.")
-    if not counts_add_up(manifest["counts"], len(manifest["views"])):
+    if (manifest["format"], manifest["format_version"]) != (FORMAT, FORMAT_VERSION):
+        raise ArtefactError(
+            f"{root} has format {manifest['format']} {manifest['format_version']}, but this reader knows {FORMAT} "
+            f"{FORMAT_VERSION}. Update Tessera."
+        )
+    if not counts_add_up(manifest["counts"], len(manifest["views"]), manifest["parts"]):
         raise ArtefactError(f"{path} has counts {manifest['counts']}, but they must add up. Tokenize anew.")
-    if not manifest["root_hash"] == root_hash(manifest["parts"]) == version.get("root_hash"):
-        raise ArtefactError(f"{path} has root hash {manifest['root_hash']}, but its parts or its version say otherwise. Tokenize anew.")
+    expected = root_hash(manifest["parts"])
+    if not expected == manifest["root_hash"] == version["root_hash"]:
+        raise ArtefactError(
+            f"{path} has root hash {manifest['root_hash']} and its version {version['root_hash']}, but its parts have "
+            f"{expected}. Tokenize anew."
+        )
     return manifest
-
-
-def _json(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(storage.read_bytes(path))
-    except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Restore it, or tokenize anew.") from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} is damaged, but it must hold a JSON object. Restore it, or tokenize anew.")
-    return content
 
 
 class CodeDataset:
@@ -102,7 +119,10 @@ class CodeDataset:
         dataset = CodeDataset(path, read_manifest(path))
         bits = num_bits(dataset.codebook_size)
         if (bits, bytes_per_row(dataset.num_codes, bits)) != (dataset._bits, dataset.bytes_per_row):
-            raise ArtefactError(f"{path} packs {dataset._bits} bits per code, but a codebook of {dataset.codebook_size} needs {bits}.")
+            raise ArtefactError(
+                f"{path} packs {dataset._bits} bits per code and {dataset.bytes_per_row} bytes per row, but a codebook of "
+                f"{dataset.codebook_size} needs {bits} and {bytes_per_row(dataset.num_codes, bits)}. Tokenize anew."
+            )
         dataset._map_parts(verify)
         return dataset
 
@@ -112,14 +132,14 @@ class CodeDataset:
             data = self._map(part)
             if verify and (found := sha256_hex(data)) != part["sha256"]:
                 raise ArtefactError(
-                    f"{self.path}/{part['path']} is damaged: its sha-256 is {found}, but the manifest says {part['sha256']}. "
-                    f"Restore it, or tokenize anew."
+                    f"{storage.join(self.path, part['path'])} is damaged: its sha-256 is {found}, but the manifest says "
+                    f"{part['sha256']}. Restore it, or tokenize anew."
                 )
             row = part["row_start"]
             for group in part["row_groups"]:
-                columns = group["columns"]
+                offsets = {name: column["offset"] for name, column in group["columns"].items()}
                 self._groups.append(
-                    {name: np.frombuffer(data, dtype, group["rows"], columns[name]["offset"]) for name, dtype in self._dtypes.items()}
+                    {name: np.frombuffer(data, dtype, group["rows"], offsets[name]) for name, dtype in self._dtypes.items()}
                 )
                 starts.append(row)
                 row += group["rows"]
@@ -130,11 +150,15 @@ class CodeDataset:
         try:
             file = open(storage.local_copy(path), "rb")
         except FileNotFoundError:
-            raise ArtefactError(f"{path} is missing, but the manifest lists it. Restore it, or tokenize anew.") from None
+            raise ArtefactError(
+                f"{path} is missing, but the manifest lists it. Restore it, or tokenize anew."
+            ) from None
         with file:
             file.seek(0, 2)
             if file.tell() != part["bytes"]:
-                raise ArtefactError(f"{path} has {file.tell()} bytes, but the manifest says {part['bytes']}. Restore it, or tokenize anew.")
+                raise ArtefactError(
+                    f"{path} has {file.tell()} bytes, but the manifest says {part['bytes']}. Restore it, or tokenize anew."
+                )
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
@@ -153,8 +177,10 @@ class CodeDataset:
         return unpack(packed, self.num_codes, self._bits)
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
-        """Classes of rows, int64 (n,); -1 where the source has none."""
-        return self._gather(LABEL, rows).astype(np.int64) if self.class_names else np.full(len(rows), -1, dtype=np.int64)
+        """Classes of rows, int64 (n,); -1 where there is none."""
+        if not self.class_names:
+            return np.full(len(rows), -1, dtype=np.int64)
+        return self._gather(LABEL, rows).astype(np.int64)
 
     def image_ids(self, rows: np.ndarray) -> np.ndarray:
         """Image ids of rows, int64 (n,)."""

@@ -63,7 +63,11 @@ def make_checkpoint(run_path: str, root_hash: str, tokenizer_fingerprint: str, n
     torch.manual_seed(0)
     options = ModelOptions(num_layers=1, hidden_size=16, num_heads=2)
     config = transformer_config(
-        options, ConditioningOptions(), codebook_size=CODEBOOK, grid=GRID, num_classes=num_classes
+        options,
+        ConditioningOptions(name="class" if num_classes else "none"),
+        codebook_size=CODEBOOK,
+        grid=GRID,
+        num_classes=num_classes,
     )
     model = Transformer(config)
     for parameter in model.parameters():

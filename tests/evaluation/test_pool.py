@@ -13,8 +13,10 @@ pytestmark = pytest.mark.ray
 class Worker:
     """Answers with its item; dies or raises where the item says so."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, dies_at_first: bool = False):
         self.folder = folder
+        if dies_at_first and self._count("start") == 0:
+            os._exit(1)
 
     def square(self, item: int, deadly: tuple[int, ...] = (), times: int = 1) -> int:
         time.sleep(0.01 * (item % 3))
@@ -28,7 +30,7 @@ class Worker:
     def refuse(self) -> None:
         raise ArtefactError("checkpoint is old, but it must be new. Train again.")
 
-    def _count(self, item: int) -> int:
+    def _count(self, item: int | str) -> int:
         """How often this item was begun before."""
         path = os.path.join(self.folder, str(item))
         with open(path, "a+") as file:
@@ -37,9 +39,9 @@ class Worker:
         return count
 
 
-def pool(folder, size: int) -> ActorPool:
+def pool(folder, size: int, *args) -> ActorPool:
     remote = ray.remote(num_cpus=0.1, max_restarts=0, allow_out_of_order_execution=True)(Worker)
-    return ActorPool("test", lambda: remote.remote(str(folder)), size)
+    return ActorPool("test", lambda: remote.remote(str(folder), *args), size)
 
 
 @pytest.fixture
@@ -66,6 +68,18 @@ def test_a_killed_actor_costs_its_items_only(ray_cluster, tmp_path, closing):
     found = list(run_items(range(12), submit, [first, second], window=4))
     assert found == [(i, i * i + 1) for i in range(12)]
     assert os.path.getsize(tmp_path / "3") >= 2 and os.path.getsize(tmp_path / "8") >= 2
+
+
+def test_an_actor_killed_while_it_starts_is_replaced(ray_cluster, tmp_path, closing):
+    actors = closing(tmp_path, 1, True)
+    assert list(run_items([5], lambda item, a: a[0].square.remote(item), [actors], window=1)) == [(5, 25)]
+
+
+def test_a_closed_pool_lets_nobody_wait(ray_cluster, tmp_path, closing):
+    actors = closing(tmp_path, 1)
+    actors.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        actors.acquire()
 
 
 def test_an_item_that_always_kills_is_given_up_with_a_reason(ray_cluster, tmp_path, closing):

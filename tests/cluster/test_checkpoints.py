@@ -1,0 +1,90 @@
+"""Checkpoints are whole or absent; the latest is the highest step that verifies."""
+
+import json
+import os
+
+import pytest
+
+from cluster import checkpoints
+from stages.errors import ArtefactError
+
+
+def make(run, step, text="weights"):
+    """A committed checkpoint with one file."""
+    folder = checkpoints.checkpoint_path(run, step, checkpoints.new_attempt())
+    os.makedirs(folder)
+    with open(os.path.join(folder, "state.pt"), "w") as file:
+        file.write(text)
+    entry = checkpoints.file_entry(os.path.join(folder, "state.pt"), "state.pt")
+    return checkpoints.write_commit(folder, {"step": step, "files": [entry], "root_hash": "r", "train_loss": 1.0})
+
+
+@pytest.fixture
+def run(tmp_path):
+    return str(tmp_path / "run")
+
+
+def test_latest_is_the_highest_step(run):
+    assert checkpoints.latest_commit(run) is None
+    for step in (10, 100, 20):
+        make(run, step)
+    assert checkpoints.latest_commit(run).step == 100
+    assert [commit.step for commit in checkpoints.list_commits(run)] == [10, 20, 100]
+
+
+def test_what_has_no_commit_does_not_exist(run):
+    make(run, 10)
+    os.remove(os.path.join(make(run, 20).path, checkpoints.COMMIT))
+    assert checkpoints.latest_commit(run).step == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(run, damage, caplog):
+    make(run, 10)
+    path = os.path.join(make(run, 20).path, "state.pt")
+    if damage == "remove":
+        os.remove(path)
+    else:
+        with open(path, "w") as file:
+            file.write("weighte" if damage == "flip" else "wei")
+    assert checkpoints.latest_commit(run).step == 10
+    assert path in caplog.text
+    with pytest.raises(ArtefactError, match="damaged"):
+        checkpoints.resolve_checkpoint(os.path.dirname(path), run)
+
+
+def test_a_folder_is_committed_once(run):
+    commit = make(run, 10)
+    with pytest.raises(ArtefactError, match="committed already"):
+        checkpoints.write_commit(commit.path, {"step": 11, "files": []})
+    assert checkpoints.open_commit(commit.path) == commit
+
+
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"format": "other"}), json.dumps({"format": checkpoints.FORMAT, "format_version": 9})])
+def test_damaged_and_foreign_commits_are_refused(run, text):
+    commit = make(run, 10)
+    with open(os.path.join(commit.path, checkpoints.COMMIT), "w") as file:
+        file.write(text)
+    with pytest.raises(ArtefactError):
+        checkpoints.open_commit(commit.path)
+
+
+def test_pruning_keeps_the_newest_and_removes_dead_attempts(run):
+    for step in (10, 20, 30):
+        make(run, step)
+    dead = checkpoints.checkpoint_path(run, 15, "dead")
+    newer = checkpoints.checkpoint_path(run, 40, "being-written")
+    for folder in (dead, newer):
+        os.makedirs(folder)
+        open(os.path.join(folder, "part"), "w").close()
+    checkpoints.prune(run, keep=2)
+    assert [commit.step for commit in checkpoints.list_commits(run)] == [20, 30]
+    assert not os.path.exists(dead)
+    assert os.path.exists(newer), "an attempt that may still commit is not touched"
+
+
+def test_errors_say_what_to_do(run):
+    with pytest.raises(ArtefactError, match="Run train first"):
+        checkpoints.resolve_checkpoint("latest", run)
+    with pytest.raises(ArtefactError, match="Name a committed checkpoint"):
+        checkpoints.resolve_checkpoint(os.path.join(run, "nothing"), run)

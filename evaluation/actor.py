@@ -135,9 +135,8 @@ class EvaluationActor:
 
     def _samples(self) -> SampleTally:
         options = self.assignment.evaluation
-        sampler = self.samplers.acquire()
-        labels = ray.get(sampler.labels.remote(0, options.num_samples))
-        self.samplers.release(sampler)
+        everything = [(0, options.num_samples)]
+        ((_, labels),) = run_items(everything, lambda item, actors: actors[0].labels.remote(*item), [self.samplers], 1)
         tally = SampleTally(labels, self.assignment.num_features, options.num_blocks, options.num_grid_images)
 
         def submit(item: Item, actors: list[Any]) -> Any:

@@ -1,45 +1,67 @@
 """Image operations: decoding, conversion, crops and views. Pillow throughout; resizing is antialiased."""
 
 import io
+import struct
 import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from stages.errors import BadImage
 from stages.options import ImageOptions
 
-MAX_PIXELS = 178_956_970  # beyond this Pillow itself speaks of a decompression bomb
+MAX_PIXELS = 178_956_970  # of an image resized before its crop; where Pillow refuses to decode, too
+# Only formats decoded in this process: Pillow would hand others, such as EPS, to external programs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# What decoders raise on damaged data.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error)
+ORIENTATION = 0x0112  # EXIF tag: how the camera was held
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PREPROCESSING_VERSION = 1
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """Encoded bytes to uint8 pixels (H, W, 1) or (H, W, 3).
 
-    EXIF orientation is applied, transparency is laid on white, CMYK and palettes become RGB, 16-bit grey becomes 8-bit, and of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid on white, CMYK and palettes become RGB, 16-bit grey becomes 8-bit,
+    and of an animation the first frame is taken.
 
     Raises:
-        BadImage: empty, not-an-image, truncated, decompression-bomb or undecodable.
+        BadImage: empty, not-an-image, truncated, decompression-bomb (more than 89 million pixels) or undecodable.
     """
     if not data:
         raise BadImage("empty", "the file has no bytes")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata around good pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            image = _to_grey_or_rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage("decompression-bomb", str(error)) from error
     except UnidentifiedImageError as error:
         raise BadImage("not-an-image", "no decoder knows these bytes") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+    except DECODER_ERRORS as error:
         kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "undecodable"
         raise BadImage(kind, str(error)) from error
-    pixels = np.asarray(_to_grey_or_rgb(image))
+    pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the other tags anew, and fails on photographs where one of them is odd.
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -47,7 +69,7 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
-        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -64,14 +86,17 @@ def center_crop(image: np.ndarray, options: ImageOptions) -> np.ndarray:
         uint8 (size, size, channels).
 
     Raises:
-        BadImage: a side of zero pixels.
+        BadImage: too-small (a side of zero pixels), or decompression-bomb (so long that it would not fit when resized).
     """
     if 0 in image.shape[:2]:
         raise BadImage("too-small", f"the image has {image.shape[1]} x {image.shape[0]} pixels")
-    pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("L" if options.channels == 1 else "RGB")
+    pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    pil = pil.convert("L" if options.channels == 1 else "RGB")
     size, (w, h) = options.size, pil.size
     scale = size / min(w, h)
     w, h = max(size, round(w * scale)), max(size, round(h * scale))
+    if w * h > MAX_PIXELS:
+        raise BadImage("decompression-bomb", f"{pil.width} x {pil.height} pixels would be resized to {w} x {h}")
     if (w, h) != pil.size:
         pil = pil.resize((w, h), Image.Resampling.BICUBIC)
     x, y = (w - size) // 2, (h - size) // 2

@@ -25,6 +25,13 @@ def open_source(options: SourceOptions, images: ImageOptions) -> Source:
     module, colon, attribute = SOURCES.get(options.name, options.name).partition(":")
     if not colon:
         raise ConfigError(
-            f"source.name is {options.name}, but it must be one of: {', '.join(sorted(SOURCES))}; or package.module:Class. Choose one."
+            f"source.name is {options.name}, but it must be one of: {', '.join(sorted(SOURCES))}; "
+            f"or package.module:Class. Choose one."
         )
-    return getattr(importlib.import_module(module), attribute)(options, images)
+    try:
+        source_class = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"source.name is {options.name}, but it cannot be imported ({error}). Correct the name, or the Python path."
+        ) from error
+    return source_class(options, images)

@@ -1,7 +1,7 @@
 """A painter's canvas: shapes laid from far to near, with exact segmentation and depth as a by-product.
 
-Coordinates run from 0 to 1 from the left and from the top. Colours are sampled 3 x 3 per pixel and averaged; maps are those of the
-middle sample, so they are exact at pixel centres.
+Coordinates run from 0 to 1 from the left and from the top. Colours are sampled 3 x 3 per pixel and averaged; maps are
+those of the middle sample, so they are exact at pixel centres.
 """
 
 import colorsys

@@ -30,7 +30,7 @@ class Source(Protocol):
     class_names: tuple[str, ...]  # empty when images have no classes
 
     def list_images(self, split: Split) -> pa.Table:
-        """Table of `listing`; ids unique, and stable from one listing to the next. ConfigError when there is nothing."""
+        """Table of `listing`; ids unique, and the same in every listing. ConfigError when there is nothing."""
 
     def fetch(self, uri: str) -> bytes:
         """The stored bytes of an image. FileNotFoundError if it is gone, OSError for other faults of storage."""
@@ -64,31 +64,43 @@ def hashed_id(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def split_path(options: SourceOptions, split: Split) -> tuple[str, str | None]:
+    """The configuration key that says where a split lies, and its value."""
+    if split == "holdout" and options.holdout_path:
+        return "source.holdout_path", options.holdout_path
+    return "source.path", options.path
+
+
 def check_listing(table: pa.Table, options: SourceOptions, split: Split) -> pa.Table:
     """The listing, cut to the number of images asked for.
 
     Raises:
         ConfigError: it is empty, or two images share an id.
     """
+    key, path = split_path(options, split)
     if len(table) == 0:
-        raise ConfigError(f"source.path is {options.path}, but there are no {split} images in it. Name a place with images.")
+        raise ConfigError(f"{key} is {path}, but there are no {split} images in it. Name a place with images.")
     if len(pc.unique(table["image_id"])) != len(table):
-        raise ConfigError(f"source.path is {options.path}, but two of its images have the same image_id. Make the ids (or paths) unique.")
+        raise ConfigError(f"{key} is {path}, but two of its images have the same image_id. Make ids and paths unique.")
     limit = options.num_images if split == "train" else options.num_holdout_images
     return table if limit is None else table.slice(0, limit)
 
 
 def split_by_hash(table: pa.Table, options: SourceOptions, split: Split) -> pa.Table:
-    """Rows of a split where the source has none of its own: `holdout_fraction` of the ids, chosen by hash, are held out.
+    """Rows of a split where the source has none of its own.
+
+    With `holdout_path` there is nothing to divide; else `holdout_fraction` of the ids, chosen by hash, are held out.
 
     Raises:
         ConfigError: held-out images are asked for, but neither holdout_path nor holdout_fraction is set.
     """
+    if options.holdout_path:
+        return table
     if options.holdout_fraction == 0:
         if split == "holdout":
             raise ConfigError(
-                "source.holdout_fraction is 0 and source.holdout_path is not set, but evaluation compares with held-out images. "
-                "Set one of them."
+                "source.holdout_fraction is 0 and source.holdout_path is not set, but evaluation compares with held-out"
+                " images. Set one of them."
             )
         return table
     is_held_out = uniform(hash64(options.seed, table["image_id"].to_numpy())) < options.holdout_fraction

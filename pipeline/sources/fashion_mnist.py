@@ -1,10 +1,11 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 60,000 training and 10,000 held-out grey images of clothes, 28 x 28."""
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 60,000 training and 10,000 held-out grey images, 28 x 28."""
 
 import functools
 import gzip
 import hashlib
 import os
 import urllib.request
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,9 @@ from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
 
 SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian package dataset-fashion-mnist
-HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+HOME = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 # As published beside the data: https://github.com/zalandoresearch/fashion-mnist#get-the-data
+# Debian packs the same images anew, so its files have other checksums; only downloads are held against these.
 MD5 = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
@@ -47,6 +49,11 @@ class FashionMnist:
 
     def list_images(self, split: Split) -> pa.Table:
         labels = _read_idx(self._file(f"{PREFIX[split]}-labels-idx1-ubyte.gz"))
+        if len(labels) and labels.max() >= len(self.class_names):
+            raise ConfigError(
+                f"source.path is {self.options.path}, but its {split} labels go up to {labels.max()} and there are "
+                f"{len(self.class_names)} classes. Put the files of Fashion-MNIST there."
+            )
         # The two splits are numbered apart, so that an id says which image it is.
         ids = np.arange(len(labels)) + (0 if split == "train" else 1_000_000)
         uris = [f"fashion-mnist://{split}/{i}" for i in range(len(labels))]
@@ -55,6 +62,8 @@ class FashionMnist:
     def fetch(self, uri: str) -> bytes:
         split, index = uri.removeprefix("fashion-mnist://").split("/")
         images = _read_idx(self._file(f"{PREFIX[split]}-images-idx3-ubyte.gz"))
+        if not 0 <= int(index) < len(images):
+            raise FileNotFoundError(f"{uri} is not there: the file holds {len(images)} images")
         return images[int(index)].tobytes()
 
     def decode(self, data: bytes) -> Example:
@@ -63,12 +72,18 @@ class FashionMnist:
         return Example(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 1))
 
     def _file(self, name: str) -> str:
-        folder = self.options.path or (SYSTEM_FOLDER if os.path.isdir(SYSTEM_FOLDER) else _cache_folder())
-        path = os.path.join(folder, name)
+        if self.options.path:
+            path = os.path.join(self.options.path, name)
+            if not os.path.exists(path):
+                raise ConfigError(
+                    f"source.path is {self.options.path}, but {name} is not in it. Put the four IDX files there."
+                )
+            return path
+        path = os.path.join(SYSTEM_FOLDER, name)
         if not os.path.exists(path):
-            if self.options.path:
-                raise ConfigError(f"source.path is {self.options.path}, but {name} is not in it. Put the four IDX files there.")
-            _download(name, path)
+            path = os.path.join(_cache_folder(), name)
+            if not os.path.exists(path):
+                _download(name, path)
         return path
 
 
@@ -82,11 +97,13 @@ def _download(name: str, path: str) -> None:
             data = response.read()
     except OSError as error:
         raise ConfigError(
-            f"source.name is fashion-mnist, but {HOME + name} cannot be reached ({error}). Install Debian's dataset-fashion-mnist, or put "
-            f"the four IDX files into a folder and set source.path."
-        ) from None
-    if hashlib.md5(data).hexdigest() != MD5[name]:
-        raise ConfigError(f"source.name is fashion-mnist, but {HOME + name} does not have its published checksum. Try again later.")
+            f"source.name is fashion-mnist, but {HOME + name} cannot be reached ({error}). Install Debian's "
+            f"dataset-fashion-mnist, or put the four IDX files into a folder and set source.path."
+        ) from error
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != MD5[name]:
+        raise ConfigError(
+            f"source.name is fashion-mnist, but {HOME + name} does not have its published checksum. Try again later."
+        )
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "wb") as file:
@@ -96,11 +113,17 @@ def _download(name: str, path: str) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _read_idx(path: str) -> np.ndarray:
-    """uint8 array of an IDX file: two zero bytes, type 8, number of dimensions, big-endian sizes, values."""
-    with gzip.open(path, "rb") as file:
-        data = file.read()
-    if data[:3] != b"\0\0\x08":
-        raise ConfigError(f"{path} is not an IDX file of bytes, but it must be. Replace it.")
-    num_dimensions = data[3]
-    shape = np.frombuffer(data, ">i4", num_dimensions, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    """uint8 array of an IDX file: two zero bytes, type 8, number of dimensions, big-endian sizes, values.
+
+    Raises:
+        ConfigError: it is not such a file, or not a whole one.
+    """
+    try:
+        with gzip.open(path, "rb") as file:
+            data = file.read()
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("no IDX header")
+        shape = np.frombuffer(data, ">i4", data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise ConfigError(f"{path} is not a whole IDX file of bytes ({error}), but it must be. Replace it.") from error

@@ -7,44 +7,45 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.images import decode_image
-from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash
+from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash, split_path
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 
+Entry = tuple[str, str]  # path, class name or ""
+
 
 class ImageFolder:
     """Images below `source.path`.
 
-    A folder with subfolders gives one class per subfolder, in order of name; a flat folder gives none. A list file has one path per
-    line, relative to the file, and after a tab optionally the class name. An image's id is a hash of its path relative to the root,
-    and images are listed in order of id, so that the first `num_images` are a fair sample.
+    A folder with subfolders gives one class per subfolder, in order of name; a flat folder gives none. A list file has
+    one path per line, relative to the file, and after a tab optionally the class name. An image's id is a hash of its
+    path relative to the root, and images are listed in order of id, so that the first `num_images` are a fair sample.
     """
 
     def __init__(self, options: SourceOptions, images: ImageOptions):
         if not options.path:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
-        self.class_names = tuple(sorted({name for _, name in _entries(options.path) if name}))
+        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path) if name}))
 
     def list_images(self, split: Split) -> pa.Table:
-        if split == "holdout" and self.options.holdout_path:
-            return check_listing(self._table(self.options.holdout_path), self.options, split)
-        table = self._table(str(self.options.path))
-        if not self.options.holdout_path:
-            table = split_by_hash(table, self.options, split)
-        return check_listing(table, self.options, split)
+        key, path = split_path(self.options, split)
+        return check_listing(split_by_hash(self._table(key, str(path)), self.options, split), self.options, split)
 
-    def _table(self, root: str) -> pa.Table:
-        entries = _entries(root)
+    def _table(self, key: str, path: str) -> pa.Table:
+        entries = _entries(key, path)
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = {name for _, name in entries if name and name not in numbers}
+        unknown = {name for _, name in entries} - set(self.class_names or ("",))
         if unknown:
-            raise ConfigError(f"source.holdout_path is {root}, but its class {min(unknown)} is not among the training classes. Remove it.")
-        prefix = len(_root_folder(root).rstrip("/")) + 1
-        ids = np.array([hashed_id(path[prefix:]) for path, _ in entries], dtype=np.int64)
+            raise ConfigError(
+                f"{key} is {path}, but its class {min(unknown) or '(none)'} is not one of the training images' classes "
+                f"({', '.join(self.class_names) or 'none'}). Use the same classes in both."
+            )
+        root = _root_folder(path)
+        ids = np.array([hashed_id(_relative(image, root)) for image, _ in entries], dtype=np.int64)
         order = np.argsort(ids, kind="stable")
         labels = np.array([numbers[name] for _, name in entries], np.int32)[order] if self.class_names else None
         return listing(ids[order], [entries[i][0] for i in order], labels)
@@ -57,36 +58,47 @@ class ImageFolder:
 
 
 def _root_folder(path: str) -> str:
-    return posixpath.dirname(path) if path.endswith(LIST_SUFFIXES) else path
+    return posixpath.dirname(storage.absolute(path)) if path.endswith(LIST_SUFFIXES) else storage.absolute(path)
 
 
-def _entries(root: str) -> list[tuple[str, str]]:
-    """(path, class name or "") of every image."""
-    if root.endswith(LIST_SUFFIXES):
-        return _list_file_entries(root)
-    paths = [path for path in storage.list_files(root) if path.lower().endswith(SUFFIXES)]
-    if not paths:
-        raise ConfigError(f"source.path is {root}, but there are no images in it ({', '.join(SUFFIXES)}). Name a place with images.")
-    prefix = len(root.rstrip("/")) + 1
-    folders = [path[prefix:].split("/")[0] if "/" in path[prefix:] else "" for path in paths]
-    if "" in folders and any(folders):
-        stray = paths[folders.index("")]
-        raise ConfigError(f"source.path is {root}, which has class folders, but {stray} lies beside them. Move it into a class folder.")
-    return list(zip(paths, folders))
+def _relative(path: str, root: str) -> str:
+    """The path below the root; the whole path of an image that lies elsewhere."""
+    return path.removeprefix(root + "/")
 
 
-def _list_file_entries(path: str) -> list[tuple[str, str]]:
+def _entries(key: str, path: str) -> list[Entry]:
+    return _list_file_entries(key, path) if path.endswith(LIST_SUFFIXES) else _folder_entries(key, path)
+
+
+def _folder_entries(key: str, path: str) -> list[Entry]:
+    root = _root_folder(path)
+    images = [image for image in storage.list_files(root) if image.lower().endswith(SUFFIXES)]
+    if not images:
+        raise ConfigError(
+            f"{key} is {path}, but there are no images in it ({', '.join(SUFFIXES)}). Name a place with images."
+        )
+    names = [posixpath.dirname(_relative(image, root)).split("/")[0] for image in images]
+    if "" in names and any(names):
+        stray = images[names.index("")]
+        raise ConfigError(f"{key} is {path}, which has class folders, but {stray} lies beside them. Move it into one.")
+    return list(zip(images, names))
+
+
+def _list_file_entries(key: str, path: str) -> list[Entry]:
     try:
         lines = storage.read_bytes(path).decode().splitlines()
     except FileNotFoundError:
-        raise ConfigError(f"source.path is {path}, but there is no such list file. Name an existing one.") from None
+        raise ConfigError(f"{key} is {path}, but there is no such list file. Name an existing one.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key} is {path}, but it is not UTF-8 text ({error}). Write one path per line.") from error
+    root = _root_folder(path)
     entries = []
     for line in filter(None, map(str.strip, lines)):
         name, _, label = line.partition("\t")
         is_absolute = name.startswith(("/", storage.S3))
-        entries.append((name if is_absolute else storage.join(posixpath.dirname(path) or ".", name), label.strip()))
+        entries.append((name if is_absolute else storage.join(root, name), label.strip()))
     if not entries:
-        raise ConfigError(f"source.path is {path}, but the list is empty. Write one path per line.")
+        raise ConfigError(f"{key} is {path}, but the list is empty. Write one path per line.")
     if any(label for _, label in entries) and not all(label for _, label in entries):
-        raise ConfigError(f"source.path is {path}, but only some of its lines name a class. Label all or none.")
+        raise ConfigError(f"{key} is {path}, but only some of its lines name a class. Label all or none.")
     return entries

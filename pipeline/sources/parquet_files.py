@@ -1,6 +1,7 @@
-"""Images in Parquet files: a column of bytes (or of the {bytes, path} structs that dataset hubs use), or a column of uris."""
+"""Images in Parquet files: a column of bytes (or of the {bytes, path} structs of dataset hubs), or a column of uris."""
 
 import functools
+import posixpath
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.images import decode_image
-from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash
+from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash, split_path
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
@@ -17,69 +18,93 @@ SCHEME = "parquet://"
 
 
 class ParquetFiles:
-    """Rows of the files at `source.path` (one file, or every .parquet below a folder).
+    """Rows of the files at `source.path` (one file, or every .parquet below a folder), listed in order of id.
 
-    Columns: `image` or `uri`; optionally `label` (int, 0-based) and `image_id` (int64). Classes are named by their number.
+    Columns: `image` or `uri` (absolute, or relative to the file); optionally `label` (integer, 0-based) and `image_id`
+    (int64; a hash of file name and row where there is none). Classes are named by their number.
     """
 
     def __init__(self, options: SourceOptions, images: ImageOptions):
         if not options.path:
             raise ConfigError("source.path is not set, but parquet reads files. Name a file or a folder.")
         self.options = options
-        labels = self._columns(options.path)[2]
-        num_classes = 0 if labels is None else int(labels.max()) + 1
-        if labels is not None and labels.min() < 0:
-            raise ConfigError(f"source.path is {options.path}, but its label column holds {labels.min()}. Labels are 0-based.")
+        labels = _rows("source.path", options.path)["label"]
+        num_classes = 0 if labels.null_count else max(labels.to_pylist(), default=-1) + 1
         self.class_names = tuple(str(i) for i in range(num_classes))
 
     def list_images(self, split: Split) -> pa.Table:
-        path = self.options.holdout_path if split == "holdout" and self.options.holdout_path else str(self.options.path)
-        ids, uris, labels = self._columns(path)
-        if labels is not None and labels.max() >= len(self.class_names):
-            raise ConfigError(f"source.holdout_path is {path}, but its label {labels.max()} is not among the training labels. Remove it.")
-        order = np.argsort(ids, kind="stable")
-        table = listing(ids[order], [uris[i] for i in order], None if labels is None else labels[order])
-        if not self.options.holdout_path:
-            table = split_by_hash(table, self.options, split)
-        return check_listing(table, self.options, split)
-
-    @staticmethod
-    def _columns(path: str) -> tuple[np.ndarray, list[str], np.ndarray | None]:
-        ids, uris, labels = [], [], []
-        for file in _files(path):
-            parquet = _open(file)
-            names = parquet.schema_arrow.names
-            wanted = [name for name in ("uri", "label", "image_id") if name in names]
-            if "image" not in names and "uri" not in names:
-                raise ConfigError(f"source.path is {path}, but {file} has neither an image nor a uri column. Its columns: {', '.join(names)}.")
-            table, n = parquet.read(columns=wanted), parquet.metadata.num_rows
-            uris += table["uri"].to_pylist() if "image" not in names else [f"{SCHEME}{file}#{row}" for row in range(n)]
-            if "image_id" in names:
-                ids.append(table["image_id"].to_numpy())
-            else:
-                name = file[len(path.rstrip("/")) + 1 :] if file != path else file.split("/")[-1]
-                ids.append(np.array([hashed_id(f"{name}#{row}") for row in range(n)], dtype=np.int64))
-            if "label" in names:
-                labels.append(table["label"].to_numpy().astype(np.int32))
-        if labels and len(labels) != len(ids):
-            raise ConfigError(f"source.path is {path}, but only some of its files have a label column. Label all or none.")
-        return np.concatenate(ids), uris, np.concatenate(labels) if labels else None
+        key, path = split_path(self.options, split)
+        table = _rows(key, str(path)).sort_by("image_id")
+        labels = table["label"]
+        highest = -1 if labels.null_count else max(labels.to_pylist(), default=-1)
+        if highest >= len(self.class_names):
+            raise ConfigError(
+                f"{key} is {path}, but its label {highest} is not one of the {len(self.class_names)} classes of the "
+                f"training images. Use the same classes in both."
+            )
+        return check_listing(split_by_hash(table, self.options, split), self.options, split)
 
     def fetch(self, uri: str) -> bytes:
         if not uri.startswith(SCHEME):
             return storage.read_bytes(uri)
-        file, _, row = uri[len(SCHEME) :].rpartition("#")
+        file, _, row = uri.removeprefix(SCHEME).rpartition("#")
         return _read_row(file, int(row))
 
     def decode(self, data: bytes) -> Example:
         return Example(decode_image(data))
 
 
-def _files(path: str) -> list[str]:
-    files = [path] if path.endswith(".parquet") and storage.exists(path) else storage.list_files(path, suffix=".parquet")
+def _rows(key: str, path: str) -> pa.Table:
+    """Listing of every row of every file, in the order of the files. Labels are all there or all null."""
+    root = storage.absolute(path)
+    is_file = root.endswith(".parquet") and storage.exists(root)
+    files = [root] if is_file else storage.list_files(root, suffix=".parquet")
     if not files:
-        raise ConfigError(f"source.path is {path}, but there are no .parquet files. Name a file or a folder with some.")
-    return files
+        raise ConfigError(f"{key} is {path}, but there are no .parquet files. Name a file or a folder with some.")
+    folder = posixpath.dirname(root) if is_file else root
+    tables = [_file_rows(key, file, file.removeprefix(folder + "/")) for file in files]
+    table = pa.concat_tables(tables)
+    if 0 < table["label"].null_count < len(table):
+        raise ConfigError(f"{key} is {path}, but only some of its rows have a label. Label all or none.")
+    return table
+
+
+def _file_rows(key: str, file: str, name: str) -> pa.Table:
+    parquet = _open(file)
+    columns, n = parquet.schema_arrow.names, parquet.metadata.num_rows
+    if "image" not in columns and "uri" not in columns:
+        raise ConfigError(f"{key} leads to {file}, but it has neither an image nor a uri column. Add one of them.")
+    table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
+    if "image" in columns:
+        uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
+    else:
+        uris = [_absolute_uri(uri or "", file) for uri in table["uri"].to_pylist()]
+    if "image_id" in columns:
+        ids = _integers(key, file, table, "image_id")
+    else:
+        ids = np.array([hashed_id(f"{name}#{row}") for row in range(n)], dtype=np.int64)
+    if "label" not in columns or (n and table["label"].null_count == n):
+        return listing(ids, uris)
+    labels = _integers(key, file, table, "label")
+    if n and not 0 <= labels.min() <= labels.max() < 2**31:
+        raise ConfigError(
+            f"{key} leads to {file}, but its labels run from {labels.min()} to {labels.max()}. Number classes from 0."
+        )
+    return listing(ids, uris, labels.astype(np.int32))
+
+
+def _integers(key: str, file: str, table: pa.Table, column: str) -> np.ndarray:
+    values = table[column]
+    if not pa.types.is_integer(values.type) or values.null_count:
+        raise ConfigError(
+            f"{key} leads to {file}, but its {column} column is {values.type} with {values.null_count} nulls. "
+            f"Store integers in every row."
+        )
+    return values.to_numpy().astype(np.int64)
+
+
+def _absolute_uri(uri: str, file: str) -> str:
+    return uri if uri.startswith("/") or "://" in uri else storage.join(posixpath.dirname(file), uri)
 
 
 @functools.lru_cache(maxsize=16)
@@ -87,7 +112,7 @@ def _open(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(storage.local_copy(file), memory_map=True)
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"source.path leads to {file}, but it is not Parquet ({error}). Remove it.") from None
+        raise ConfigError(f"source.path leads to {file}, but it is not Parquet ({error}). Remove it.") from error
 
 
 def _read_row(file: str, row: int) -> bytes:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 
 import numpy as np
 import psutil
@@ -164,22 +165,29 @@ def test_the_same_evaluation_is_the_same_record(record, options):
     assert [each.path for each in list_records(options.evaluation.path)] == [record.path]
 
 
-def test_more_actors_and_a_kill_in_each_kind_change_no_number(record, options, tmp_path):
-    killed = []
-
-    def kill_one_of_each(done, totals):
-        for kind in ("SamplerActor", "FeatureActor"):
-            if kind in killed:
-                continue
-            for process in psutil.Process().children(recursive=True):
-                if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+def kill_one_of_each(kinds: list[str], stop: threading.Event) -> None:
+    """Kills the first process of each kind of actor that it finds among our children, and takes it off the list."""
+    while kinds and not stop.wait(0.05):
+        for process in psutil.Process().children(recursive=True):
+            try:
+                title = " ".join(process.cmdline())
+                for kind in [kind for kind in kinds if title.startswith(f"ray::{kind}")]:
                     process.send_signal(signal.SIGKILL)
-                    killed.append(kind)
-                    break
+                    kinds.remove(kind)
+            except psutil.Error:
+                continue
 
-    elsewhere = with_evaluation(options, path=str(tmp_path), num_sampler_actors=2, num_feature_actors=2)
-    again = evaluate(elsewhere, progress=kill_one_of_each)
-    assert sorted(killed) == ["FeatureActor", "SamplerActor"]
+
+def test_more_actors_and_a_kill_in_each_kind_change_no_number(record, options, tmp_path):
+    alive, stop = ["SamplerActor", "FeatureActor"], threading.Event()
+    killer = threading.Thread(target=kill_one_of_each, args=(alive, stop))
+    killer.start()
+    try:
+        again = evaluate(with_evaluation(options, path=str(tmp_path), num_sampler_actors=2, num_feature_actors=2))
+    finally:
+        stop.set()
+        killer.join()
+    assert not alive
     assert again.id == record.id and again.metrics == record.metrics
     for name in record.grids:
         with open(os.path.join(options.evaluation.path, record.grids[name]), "rb") as first:

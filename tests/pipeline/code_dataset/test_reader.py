@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from code_dataset_support import Recipe
 
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset, parts
@@ -12,13 +13,13 @@ from stages.errors import ArtefactError
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_rows_are_read_by_number(place, verify, recipe, request, tmp_path, monkeypatch):
+def test_rows_are_read_by_number(place, verify, request, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "ROW_GROUP_ROWS", 6)  # several row groups per part
-    root = recipe().write(tmp_path if place == "local" else request.getfixturevalue("s3"))
+    root = Recipe().write(tmp_path if place == "local" else request.getfixturevalue("s3"))
     dataset = CodeDataset.open(root, verify=verify)
     rows = np.random.default_rng(0).permutation(38)
-    np.testing.assert_array_equal(dataset.codes(rows), recipe().codes.reshape(38, 6)[rows])
-    ids = recipe().image_ids.repeat(2)[rows]
+    np.testing.assert_array_equal(dataset.codes(rows), Recipe().codes.reshape(38, 6)[rows])
+    ids = Recipe().image_ids.repeat(2)[rows]
     np.testing.assert_array_equal(dataset.image_ids(rows), ids)
     np.testing.assert_array_equal(dataset.labels(rows), ids % 3)
     np.testing.assert_array_equal(dataset.views(rows), rows % 2)
@@ -27,8 +28,8 @@ def test_rows_are_read_by_number(place, verify, recipe, request, tmp_path, monke
     assert dataset.codes(rows[:0]).shape == (0, 6)
 
 
-def test_the_dataset_describes_itself(recipe, tmp_path):
-    dataset = CodeDataset.open(recipe().write(tmp_path), verify=True)
+def test_the_dataset_describes_itself(tmp_path):
+    dataset = CodeDataset.open(Recipe().write(tmp_path), verify=True)
     assert (dataset.num_rows, dataset.num_images, dataset.num_views, dataset.num_codes) == (38, 19, 2, 6)
     assert (dataset.grid, dataset.codebook_size, dataset.bytes_per_row) == ((2, 3), 20, 4)
     assert dataset.class_names == ("class 0", "class 1", "class 2")
@@ -36,33 +37,33 @@ def test_the_dataset_describes_itself(recipe, tmp_path):
     assert dataset.manifest["counts"]["n_quarantined"] == {"empty": 1}
 
 
-def test_without_classes_labels_are_minus_one(recipe, tmp_path):
-    dataset = CodeDataset.open(recipe(num_classes=0).write(tmp_path), verify=True)
+def test_without_classes_labels_are_minus_one(tmp_path):
+    dataset = CodeDataset.open(Recipe(num_classes=0).write(tmp_path), verify=True)
     assert dataset.class_names == ()
     np.testing.assert_array_equal(dataset.labels(np.arange(4)), [-1] * 4)
 
 
-def test_the_statistics_are_those_of_the_codes(recipe, tmp_path):
-    stats = read_manifest(recipe().write(tmp_path))["stats"]
-    counts = np.bincount(recipe().codes.ravel())
+def test_the_statistics_are_those_of_the_codes(tmp_path):
+    stats = read_manifest(Recipe().write(tmp_path))["stats"]
+    counts = np.bincount(Recipe().codes.ravel())
     shares = counts[counts > 0] / counts.sum()
     assert stats["used_codes"] == len(shares)
     assert stats["entropy_bits_per_code"] == pytest.approx(-(shares * np.log2(shares)).sum())
 
 
-def test_the_root_hash_depends_on_the_rows_only(recipe, tmp_path):
-    first, second = recipe().write(tmp_path / "a"), str(tmp_path / "b")
-    recipe().write_shard(second, 1)
-    recipe().write(second)
+def test_the_root_hash_depends_on_the_rows_only(tmp_path):
+    first, second = Recipe().write(tmp_path / "a"), str(tmp_path / "b")
+    Recipe().write_shard(second, 1)
+    Recipe().write(second)
     assert CodeDataset.open(first, verify=True).root_hash == CodeDataset.open(second, verify=True).root_hash
-    other = CodeDataset.open(recipe(bad_images=()).write(tmp_path / "c"), verify=True)
+    other = CodeDataset.open(Recipe(bad_images=()).write(tmp_path / "c"), verify=True)
     assert other.root_hash != CodeDataset.open(first, verify=True).root_hash
 
 
 @pytest.mark.parametrize("row", [-1, 38])
-def test_a_row_outside_is_refused(recipe, tmp_path, row):
+def test_a_row_outside_is_refused(tmp_path, row):
     with pytest.raises(IndexError, match="38"):
-        CodeDataset.open(recipe().write(tmp_path), verify=False).codes(np.array([0, row]))
+        CodeDataset.open(Recipe().write(tmp_path), verify=False).codes(np.array([0, row]))
 
 
 def test_a_missing_dataset_is_refused(tmp_path):
@@ -70,15 +71,15 @@ def test_a_missing_dataset_is_refused(tmp_path):
         CodeDataset.open(str(tmp_path / "nothing"), verify=False)
 
 
-def test_a_half_written_dataset_is_refused(recipe, tmp_path):
-    recipe().write_shard(str(tmp_path), 0)
+def test_a_half_written_dataset_is_refused(tmp_path):
+    Recipe().write_shard(str(tmp_path), 0)
     with pytest.raises(ArtefactError, match="an unfinished one"):
         CodeDataset.open(str(tmp_path), verify=False)
 
 
 @pytest.mark.parametrize("kind", ["versions", "manifests", "data"])
-def test_flipped_bits_are_found(recipe, tmp_path, kind):
-    root = recipe().write(tmp_path)
+def test_flipped_bits_are_found(tmp_path, kind):
+    root = Recipe().write(tmp_path)
     path = storage.list_files(storage.join(root, kind))[0]
     data = storage.read_bytes(path)
     for position in np.random.default_rng(0).integers(0, len(data) * 8, 100):
@@ -93,16 +94,16 @@ def test_flipped_bits_are_found(recipe, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["manifests", "data"])
-def test_missing_files_are_named(recipe, tmp_path, kind):
-    root = recipe().write(tmp_path)
+def test_missing_files_are_named(tmp_path, kind):
+    root = Recipe().write(tmp_path)
     path = storage.list_files(storage.join(root, kind))[-1]
     storage.delete(path)
     with pytest.raises(ArtefactError, match=f"{path} is missing"):
         CodeDataset.open(root, verify=False)
 
 
-def test_a_truncated_part_is_found_without_hashing(recipe, tmp_path):
-    root = recipe().write(tmp_path)
+def test_a_truncated_part_is_found_without_hashing(tmp_path):
+    root = Recipe().write(tmp_path)
     path = storage.list_files(storage.join(root, "data"))[0]
     data = storage.read_bytes(path)
     storage.replace(path, data[:-10])
@@ -119,9 +120,9 @@ def test_a_truncated_part_is_found_without_hashing(recipe, tmp_path):
         ({"codec": {"bits": 4, "bytes_per_row": 4, "codebook_size": 20}}, "needs 5"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(recipe, tmp_path, change, message):
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, change, message):
     """Also when every hash was made to fit, as another writer's mistake would be."""
-    root = recipe().write(tmp_path)
+    root = Recipe().write(tmp_path)
     manifest = {**read_manifest(root), **change}
     data = canonical_json(manifest)
     storage.replace(storage.join(root, "manifests", f"{sha256_hex(data)}.json"), data)

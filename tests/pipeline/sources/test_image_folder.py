@@ -1,0 +1,198 @@
+"""Image files in folders and lists."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.sources.image_folder import ImageFolder
+from stages.errors import ConfigError
+from stages.options import ImageOptions, SourceOptions
+
+IMAGES = ImageOptions(size=16)
+
+
+def save(path, value: int, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((18, 20, 3), value, np.uint8)).save(path, **options)
+
+
+def source_at(path, **options) -> ImageFolder:
+    return ImageFolder(SourceOptions(name="image-folder", path=path and str(path), **options), IMAGES)
+
+
+def contents(source: ImageFolder, split: str = "train") -> dict[str, int | None]:
+    """Label by the file's last two path components."""
+    table = source.list_images(split)
+    uris, labels = table["uri"].to_pylist(), table["label"].to_pylist()
+    return {"/".join(uri.split("/")[-2:]): label for uri, label in zip(uris, labels)}
+
+
+def test_a_folder_per_class(tmp_path):
+    for name, count in (("dog", 2), ("cat", 3)):
+        for i in range(count):
+            save(tmp_path / name / f"{i}.png", 10 * i)
+    source = source_at(tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert contents(source) == {"cat/0.png": 0, "cat/1.png": 0, "cat/2.png": 0, "dog/0.png": 1, "dog/1.png": 1}
+
+
+def test_deeper_folders_belong_to_the_first(tmp_path):
+    save(tmp_path / "cat" / "tabby" / "a.png", 0)
+    save(tmp_path / "dog" / "b.png", 0)
+    assert contents(source_at(tmp_path)) == {"tabby/a.png": 0, "dog/b.png": 1}
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    save(tmp_path / "a.png", 0)
+    source = source_at(tmp_path)
+    assert source.class_names == () and source.list_images("train")["label"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "JPG", "png", "webp", "bmp", "gif", "tif", "tiff"])
+def test_file_types(tmp_path, suffix):
+    save(tmp_path / f"a.{suffix}", 200)
+    (tmp_path / "notes.md").write_text("not listed")
+    source = source_at(tmp_path)
+    (uri,) = source.list_images("train")["uri"].to_pylist()
+    assert abs(int(source.decode(source.fetch(uri)).image[0, 0, 0]) - 200) <= 2
+
+
+def test_ids_depend_only_on_the_path_below_the_root(tmp_path, monkeypatch):
+    for root in ("first", "elsewhere/second"):
+        for i in range(5):
+            save(tmp_path / root / "cat" / f"{i}.png", i)
+    monkeypatch.chdir(tmp_path)
+    spellings = [tmp_path / "first", f"{tmp_path}/first/", "first", "./first", tmp_path / "elsewhere" / "second"]
+    listings = [source_at(path).list_images("train")["image_id"].to_pylist() for path in spellings]
+    assert all(ids == listings[0] for ids in listings)
+    assert listings[0] == sorted(listings[0]) and min(listings[0]) >= 0
+
+
+def test_uris_hold_in_any_working_directory(tmp_path, monkeypatch):
+    save(tmp_path / "photos" / "a.png", 7)
+    monkeypatch.chdir(tmp_path)
+    source = source_at("photos")
+    (uri,) = source.list_images("train")["uri"].to_pylist()
+    monkeypatch.chdir("/")
+    assert source.decode(source.fetch(uri)).image[0, 0, 0] == 7
+
+
+def test_a_list_file_with_classes(tmp_path):
+    save(tmp_path / "data" / "my cat.png", 1)
+    save(tmp_path / "data" / "rex.png", 2)
+    (tmp_path / "list.txt").write_text("data/my cat.png\tcat\n\ndata/rex.png\tdog\n")
+    source = source_at(tmp_path / "list.txt")
+    assert source.class_names == ("cat", "dog")
+    assert contents(source) == {"data/my cat.png": 0, "data/rex.png": 1}
+
+
+def test_a_list_may_name_files_anywhere(tmp_path):
+    for folder in ("aa", "bb"):
+        save(tmp_path / folder / "x.png", 0)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text(f"{tmp_path}/aa/x.png\n{tmp_path}/bb/x.png\n")
+    assert set(contents(source_at(tmp_path / "lists" / "list.txt"))) == {"aa/x.png", "bb/x.png"}
+
+
+def test_a_listed_file_that_is_missing_is_that_rows_error(tmp_path):
+    save(tmp_path / "there.png", 1)
+    (tmp_path / "list.txt").write_text("there.png\ngone.png\n")
+    source = source_at(tmp_path / "list.txt")
+    uris = sorted(source.list_images("train")["uri"].to_pylist())
+    with pytest.raises(FileNotFoundError):
+        source.fetch(uris[0])
+    assert source.decode(source.fetch(uris[1])).image[0, 0, 0] == 1
+
+
+def test_holdout_by_fraction_is_stable_and_disjoint(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    source = source_at(tmp_path, holdout_fraction=0.25, seed=1)
+    train, holdout = set(contents(source)), set(contents(source, "holdout"))
+    assert len(train) + len(holdout) == 200 and not train & holdout
+    assert 30 <= len(holdout) <= 70
+    assert set(contents(source_at(tmp_path, holdout_fraction=0.25, seed=2))) != train
+    (tmp_path / "0.png").unlink()
+    again = source_at(tmp_path, holdout_fraction=0.25, seed=1)
+    assert set(contents(again)) == train - {f"{tmp_path.name}/0.png"}
+
+
+def test_holdout_in_a_folder_of_its_own(tmp_path):
+    for split, names in (("train", ("cat", "dog")), ("test", ("dog",))):
+        for name in names:
+            save(tmp_path / split / name / "a.png", 0)
+    source = source_at(tmp_path / "train", holdout_path=str(tmp_path / "test"))
+    assert len(source.list_images("train")) == 2
+    assert contents(source, "holdout") == {"dog/a.png": 1}
+
+
+@pytest.mark.parametrize("names", [("cat", "emu"), ("",)], ids=["a new class", "no classes"])
+def test_holdout_classes_must_be_those_of_training(tmp_path, names):
+    save(tmp_path / "train" / "cat" / "a.png", 0)
+    for name in names:
+        save(tmp_path / "test" / name / "a.png", 0)
+    source = source_at(tmp_path / "train", holdout_path=str(tmp_path / "test"))
+    with pytest.raises(ConfigError, match=f"source.holdout_path is {tmp_path}/test, but its class"):
+        source.list_images("holdout")
+
+
+def test_holdout_without_a_rule_says_what_to_set(tmp_path):
+    save(tmp_path / "a.png", 0)
+    with pytest.raises(ConfigError, match="holdout_fraction is 0 and source.holdout_path is not set"):
+        source_at(tmp_path).list_images("holdout")
+
+
+def test_a_folder_and_a_list_on_s3(s3):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(buffer, "PNG")
+    for name in ("cat/a.png", "dog/b.png"):
+        storage.replace(f"{s3}/images/{name}", buffer.getvalue())
+    storage.replace(f"{s3}/images/list.txt", b"dog/b.png\tdog\n")
+    folder = source_at(f"{s3}/images/")
+    assert contents(folder) == {"cat/a.png": 0, "dog/b.png": 1}
+    (uri,) = source_at(f"{s3}/images/list.txt").list_images("train")["uri"].to_pylist()
+    assert folder.decode(folder.fetch(uri)).image[0, 0, 0] == 9
+    with pytest.raises(FileNotFoundError):
+        folder.fetch(f"{s3}/images/gone.png")
+
+
+def write_list(tmp_path, text: str):
+    (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
+    return tmp_path / "list.txt"
+
+
+BAD_INPUT = {
+    "no path": (lambda tmp_path: None, "source.path is not set"),
+    "missing folder": (lambda tmp_path: tmp_path / "nowhere", "but there are no images in it"),
+    "empty folder": (lambda tmp_path: tmp_path, "but there are no images in it"),
+    "missing list": (lambda tmp_path: tmp_path / "list.tsv", "there is no such list file"),
+    "empty list": (lambda tmp_path: write_list(tmp_path, "\n\n"), "but the list is empty"),
+    "some classes": (lambda tmp_path: write_list(tmp_path, "a.png\tcat\nb.png\n"), "only some of its lines name"),
+    "twice the same": (lambda tmp_path: write_list(tmp_path, "a.png\na.png\n"), "have the same image_id"),
+    "not text": (lambda tmp_path: write_list(tmp_path, "\xff\xd8\xff"), "it is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_with_the_reason(tmp_path, case):
+    make, reason = BAD_INPUT[case]
+    with pytest.raises(ConfigError, match=reason):
+        source_at(make(tmp_path)).list_images("train")
+
+
+def test_files_beside_class_folders_are_refused(tmp_path):
+    save(tmp_path / "cat" / "a.png", 0)
+    save(tmp_path / "stray.png", 0)
+    with pytest.raises(ConfigError, match="stray.png lies beside them"):
+        source_at(tmp_path)
+
+
+def test_fetch_gives_the_bytes_of_the_file(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    source = source_at(tmp_path)
+    assert source.fetch(source.list_images("train")["uri"][0].as_py()) == buffer.getvalue()

@@ -19,6 +19,7 @@ from stages.options import Config
 
 T = TypeVar("T")
 
+
 def select(cls: type[T], config: Config, **extra: Any) -> T:
     """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own."""
     from pipeline.storage import absolute
@@ -27,7 +28,11 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
         names = [name for name in ("path", "holdout_path") if getattr(section, name, None)]
         return dataclasses.replace(section, **{name: absolute(getattr(section, name)) for name in names})
 
-    return select_sections(cls, dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}), **extra)
+    return select_sections(
+        cls,
+        dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}),
+        **extra,
+    )
 
 
 def checked_config(args: argparse.Namespace) -> Config:
@@ -163,7 +168,9 @@ def run_submit(args: argparse.Namespace) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ray_job.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="ray_job.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], Any], text: str, example: str) -> argparse.ArgumentParser:
@@ -179,7 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     def configured(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument("-c", "--config", required=True, metavar="CONFIG", help="YAML file; see docs/configuration.md")
+        command.add_argument(
+            "-c", "--config", required=True, metavar="CONFIG", help="YAML file; see docs/configuration.md"
+        )
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="merged on top of the file")
         return command
 
@@ -188,24 +197,49 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--source", default="scenes", help="scenes, fashion-mnist, or a folder of images")
     configured(add("plan", run_plan, "Checks a configuration and prints what follows from it.", "-c configs/demo.yaml"))
     configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
-    importer = add("import-tokenizer", run_import_tokenizer, "Makes a tokenizer of published weights.", "last.ckpt --output runs/tokenizer")
+    importer = add(
+        "import-tokenizer",
+        run_import_tokenizer,
+        "Makes a tokenizer of published weights.",
+        "last.ckpt --output runs/tokenizer",
+    )
     importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
     importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
     importer.add_argument("--output", required=True, help="folder of the new tokenizer")
-    exporter = add("export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported")
+    exporter = add(
+        "export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported"
+    )
     exporter.add_argument("tokenizer", help="folder of a tokenizer")
     exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
     exporter.add_argument("--output", required=True, help="folder for the weights")
-    configured(add("tokenize", run_tokenize, "Turns images into a code dataset.", "-c configs/demo.yaml codes.path=s3://bucket/codes"))
+    configured(
+        add(
+            "tokenize",
+            run_tokenize,
+            "Turns images into a code dataset.",
+            "-c configs/demo.yaml codes.path=s3://bucket/codes",
+        )
+    )
     verify = add("verify", run_verify, "Checks any artefact to the last byte.", "runs/codes")
     verify.add_argument("path", help="tokenizer, code dataset, run, checkpoint or evaluation record")
-    configured(add("train", run_train, "Trains the transformer; resumes by itself.", "-c configs/demo.yaml train.num_steps=2000"))
+    configured(
+        add(
+            "train",
+            run_train,
+            "Trains the transformer; resumes by itself.",
+            "-c configs/demo.yaml train.num_steps=2000",
+        )
+    )
     sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate = configured(add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
+    evaluate = configured(
+        add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest")
+    )
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
-    configured(add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
+    configured(
+        add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
+    )
     submit = add("submit", run_submit, "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
     submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
     submit.add_argument("command_line", nargs=argparse.REMAINDER, help="a ray_job.py command with its arguments")

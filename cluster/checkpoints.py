@@ -91,7 +91,9 @@ def write_commit(folder: str, content: dict[str, Any]) -> Commit:
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "created_at": time.time(), **content}
     data = json.dumps(content, indent=1).encode()
     if not storage.put_if_absent(storage.join(folder, COMMIT), data):
-        raise ArtefactError(f"{folder} is committed already, but every attempt has a folder of its own. Remove the folder and resume.")
+        raise ArtefactError(
+            f"{folder} is committed already, but every attempt has a folder of its own. Remove the folder and resume."
+        )
     return Commit(folder, content, hashlib.sha256(data).hexdigest())
 
 
@@ -106,11 +108,15 @@ def open_commit(folder: str) -> Commit:
         data = storage.read_bytes(path)
         content = json.loads(data)
     except FileNotFoundError:
-        raise ArtefactError(f"checkpoint is {folder}, but there is no {COMMIT} in it. Name a committed checkpoint.") from None
+        raise ArtefactError(
+            f"checkpoint is {folder}, but there is no {COMMIT} in it. Name a committed checkpoint."
+        ) from None
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Use an older checkpoint.") from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise ArtefactError(f"{path} is not a checkpoint of format version {FORMAT_VERSION}, but it must be. Use another checkpoint.")
+        raise ArtefactError(
+            f"{path} is not a checkpoint of format version {FORMAT_VERSION}, but it must be. Use another checkpoint."
+        )
     return Commit(folder, content, hashlib.sha256(data).hexdigest())
 
 
@@ -124,14 +130,19 @@ def commit_problems(commit: Commit) -> list[str]:
             continue
         found = file_entry(storage.local_copy(path), entry["path"])
         if found != entry:
-            problems.append(f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}")
+            problems.append(
+                f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}"
+            )
     return problems
 
 
 def list_commits(run_path: str) -> list[Commit]:
     """Every committed checkpoint of a run in order of step, files unchecked."""
     paths = storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT)
-    return sorted((open_commit(path[: -len(COMMIT) - 1]) for path in paths), key=lambda commit: (commit.step, commit.content["created_at"]))
+    return sorted(
+        (open_commit(path[: -len(COMMIT) - 1]) for path in paths),
+        key=lambda commit: (commit.step, commit.content["created_at"]),
+    )
 
 
 def latest_commit(run_path: str) -> Commit | None:
@@ -158,7 +169,9 @@ def resolve_checkpoint(checkpoint: str, run_path: str) -> Commit:
     commit = open_commit(checkpoint.rstrip("/"))
     problems = commit_problems(commit)
     if problems:
-        raise ArtefactError(f"checkpoint is {checkpoint}, but it is damaged: {'; '.join(problems)}. Use another checkpoint.")
+        raise ArtefactError(
+            f"checkpoint is {checkpoint}, but it is damaged: {'; '.join(problems)}. Use another checkpoint."
+        )
     return commit
 
 

@@ -11,7 +11,9 @@ from stages.schedule import warmup_constant, warmup_cosine
 from stages.second_stage.transformer import Transformer, TransformerConfig, parameter_groups
 
 
-def engine_config(train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeedOptions, world_size: int) -> dict[str, Any]:
+def engine_config(
+    train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeedOptions, world_size: int
+) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes are derived here and nowhere else."""
     return {
         "train_batch_size": train.global_batch_size,
@@ -28,7 +30,12 @@ def engine_config(train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeed
 
 
 def build_engine(
-    config: TransformerConfig, seed: int, train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeedOptions, world_size: int
+    config: TransformerConfig,
+    seed: int,
+    train: TrainOptions,
+    optim: OptimOptions,
+    deepspeed: DeepSpeedOptions,
+    world_size: int,
 ) -> Any:
     """A DeepSpeed engine around a freshly initialised transformer, the same on every rank.
 
@@ -41,7 +48,10 @@ def build_engine(
     torch.manual_seed(seed)
     model = Transformer(config)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=(optim.betas[0], optim.betas[1]), fused=True
+        parameter_groups(model, optim.weight_decay),
+        lr=optim.learning_rate,
+        betas=(optim.betas[0], optim.betas[1]),
+        fused=True,
     )
     engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

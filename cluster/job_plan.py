@@ -31,7 +31,9 @@ def check_config(config: Config) -> None:
             f"most {MAX_CODE_BITS}. Use at most {1 << MAX_CODE_BITS}."
         )
     if len(config.optim.betas) != 2:
-        raise ConfigError(f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95].")
+        raise ConfigError(
+            f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95]."
+        )
     if config.evaluation.num_blocks > config.evaluation.num_samples:
         raise ConfigError(
             f"evaluation.num_blocks is {config.evaluation.num_blocks}, but it must be at most evaluation.num_samples = "
@@ -45,7 +47,11 @@ def derive(config: Config, num_images: int, num_classes: int) -> dict[str, dict[
     side = config.images.size // tokenizer.downsample
     num_codes, num_views = side * side, len(config.images.views)
     transformer = transformer_config(
-        config.model, config.conditioning, codebook_size=tokenizer.codebook_size, grid=(side, side), num_classes=num_classes
+        config.model,
+        config.conditioning,
+        codebook_size=tokenizer.codebook_size,
+        grid=(side, side),
+        num_classes=num_classes,
     )
     parameters = num_parameters(transformer)
     train, world_size = config.train, config.scaling.num_workers

@@ -45,7 +45,10 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
     actor = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
     size = options.sampling.group_size
-    bounds = [(start, min(start + size, options.sampling.num_samples)) for start in range(0, options.sampling.num_samples, size)]
+    bounds = [
+        (start, min(start + size, options.sampling.num_samples))
+        for start in range(0, options.sampling.num_samples, size)
+    ]
     images, codes = [], []
     with user_errors():
         labels = ray.get(actor.labels.remote(0, options.sampling.num_samples))

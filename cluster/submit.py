@@ -28,13 +28,19 @@ def submit(address: str | None, command_line: list[str]) -> dict[str, Any]:
 
     words = command_line[1:] if command_line[:1] == ["--"] else command_line
     if not words:
-        raise ConfigError("The command is empty, but submit runs another command. Write e.g. submit -- train -c configs/demo.yaml.")
+        raise ConfigError(
+            "The command is empty, but submit runs another command. Write e.g. submit -- train -c configs/demo.yaml."
+        )
     if not address:
-        raise ConfigError("--address is not set, but submit needs a cluster. Give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS.")
+        raise ConfigError(
+            "--address is not set, but submit needs a cluster. Give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS."
+        )
     try:
         client = JobSubmissionClient(address)
     except ConnectionError as error:
-        raise TesseraError(f"--address is {address}, but no cluster answers there ({error}). Check the address and the token.") from None
+        raise TesseraError(
+            f"--address is {address}, but no cluster answers there ({error}). Check the address and the token."
+        ) from None
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     job = client.submit_job(
         entrypoint=shlex.join(["python", "ray_job.py", *words]),

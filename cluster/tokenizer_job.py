@@ -27,7 +27,14 @@ from stages.first_stage.pixels import to_float
 from stages.first_stage.quantizer import usage
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
 from stages.first_stage.training import FirstStageTrainer, build_discriminator
-from stages.options import ImageOptions, RunOptions, ScalingOptions, SourceOptions, TokenizerOptions, TokenizerTrainOptions
+from stages.options import (
+    ImageOptions,
+    RunOptions,
+    ScalingOptions,
+    SourceOptions,
+    TokenizerOptions,
+    TokenizerTrainOptions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +83,9 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
         latest = checkpoints.latest_commit(run_path)
         if latest is None or latest.content["num_seen"] < options.tokenizer_train.num_samples:
             dataset = image_dataset(options.source, options.images)
-            logger.info("Training a tokenizer with %d levels on %s", len(config.channel_multipliers), options.source.name)
+            logger.info(
+                "Training a tokenizer with %d levels on %s", len(config.channel_multipliers), options.source.name
+            )
             run_workers(
                 tokenizer_worker,
                 options,
@@ -257,7 +266,9 @@ class _Log:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.item()
         self.num_steps += 1
-        revives = train.revive_every_steps and step % train.revive_every_steps == 0 and num_seen < 0.8 * train.num_samples
+        revives = (
+            train.revive_every_steps and step % train.revive_every_steps == 0 and num_seen < 0.8 * train.num_samples
+        )
         if step % train.log_every_steps == 0 or is_last:
             self._line(num_seen)
         if revives:
@@ -270,7 +281,13 @@ class _Log:
         share, perplexity = usage(counts)
         means = {name: total / self.num_steps for name, total in self.sums.items()}
         seconds = time.monotonic() - self.started
-        line = {"num_seen": num_seen, **means, "codebook_usage": share, "codebook_perplexity": perplexity, "seconds": seconds}
+        line = {
+            "num_seen": num_seen,
+            **means,
+            "codebook_usage": share,
+            "codebook_perplexity": perplexity,
+            "seconds": seconds,
+        }
         self.lines.append(line)
         self.sums, self.num_steps = {}, 0
         rate = (num_seen - self.first_seen) / seconds
@@ -327,7 +344,11 @@ def _averaged(commit: checkpoints.Commit, options: TokenizerJobOptions) -> Token
         io.BytesIO(storage.read_bytes(storage.join(commit.path, STATE))), map_location="cpu", weights_only=True
     )
     if commit.content["num_seen"] < options.tokenizer_train.num_samples:
-        raise ArtefactError(f"{commit.path} ends at image {commit.content['num_seen']}, but the training is longer. Run it again.")
+        raise ArtefactError(
+            f"{commit.path} ends at image {commit.content['num_seen']}, but the training is longer. Run it again."
+        )
     tokenizer = Tokenizer(tokenizer_config(options.tokenizer, options.images))
-    tokenizer.load_state_dict(state["average"] if options.tokenizer_train.weight_average_decay > 0 else state["tokenizer"])
+    tokenizer.load_state_dict(
+        state["average"] if options.tokenizer_train.weight_average_decay > 0 else state["tokenizer"]
+    )
     return tokenizer

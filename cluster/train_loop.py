@@ -120,7 +120,9 @@ class _Worker:
         folder = checkpoints.local_folder(commit)
         loaded, _ = self.engine.load_checkpoint(folder, tag=OPTIMIZER_TAG)
         if loaded is None:
-            raise ArtefactError(f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint.")
+            raise ArtefactError(
+                f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint."
+            )
         self.step, self.parent = commit.step, commit
         logger.info("Resuming from %s", commit.path)
 
@@ -165,7 +167,11 @@ class _Worker:
         digests = [(int(g[1].item()) << 32) | int(g[2].item()) for g in gathered]
         grad_norm = engine.get_global_grad_norm()
         return run_log.step_record(
-            step, loss_value, digests, learning_rate=learning_rate, grad_norm=float(grad_norm) if grad_norm is not None else 0.0
+            step,
+            loss_value,
+            digests,
+            learning_rate=learning_rate,
+            grad_norm=float(grad_norm) if grad_norm is not None else 0.0,
         )
 
     def _log_progress(self, seconds: float, num_steps: int) -> None:
@@ -233,7 +239,11 @@ class _Worker:
             "world_size": self.world_size,
             "zero_stage": options.deepspeed.zero_stage,
             "precision": options.train.precision,
-            "sampler": {"seed": options.run.seed, "global_batch_size": options.train.global_batch_size, "step": self.step},
+            "sampler": {
+                "seed": options.run.seed,
+                "global_batch_size": options.train.global_batch_size,
+                "step": self.step,
+            },
             "transformer": to_dict(self.config),
             "options": to_dict(options),
             "log": ([] if parent is None else parent.content["log"]) + [segment],
@@ -243,7 +253,11 @@ class _Worker:
 
 
 def check_resumable(
-    commit: checkpoints.Commit, options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig, world_size: int
+    commit: checkpoints.Commit,
+    options: TrainJobOptions,
+    dataset: CodeDataset,
+    config: TransformerConfig,
+    world_size: int,
 ) -> None:
     """Refuses a commit that this job cannot continue exactly.
 
@@ -254,7 +268,12 @@ def check_resumable(
     pairs = [
         ("codes.path", "code dataset", content["root_hash"], dataset.root_hash),
         ("run.seed", "seed", content["sampler"]["seed"], options.run.seed),
-        ("train.global_batch_size", "global batch size", content["sampler"]["global_batch_size"], options.train.global_batch_size),
+        (
+            "train.global_batch_size",
+            "global batch size",
+            content["sampler"]["global_batch_size"],
+            options.train.global_batch_size,
+        ),
         ("deepspeed.zero_stage", "ZeRO stage", content["zero_stage"], options.deepspeed.zero_stage),
         ("train.precision", "precision", content["precision"], options.train.precision),
         ("scaling.num_workers", "world size", content["world_size"], world_size),

@@ -24,7 +24,9 @@ def _log_problems(run_path: str, commit: checkpoints.Commit) -> list[str]:
     except ArtefactError as error:
         return [str(error)]
     if dataset.root_hash != commit.root_hash:
-        return [f"{dataset.path} has root hash {dataset.root_hash}, but {commit.path} was trained on {commit.root_hash}"]
+        return [
+            f"{dataset.path} has root hash {dataset.root_hash}, but {commit.path} was trained on {commit.root_hash}"
+        ]
     if [record["step"] for record in records] != list(range(commit.step)):
         return [f"The log of {run_path} does not hold every step from 0 to {commit.step - 1} once"]
     if run_log.chain(run_log.EMPTY_HASH, records) != commit.content["sample_log_hash"]:

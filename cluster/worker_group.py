@@ -60,4 +60,6 @@ def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:
         )
     gpus = resources.get("GPU", 0.0)
     if scaling.use_gpu and scaling.num_workers > gpus:
-        raise ConfigError(f"scaling.num_workers is {scaling.num_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false.")
+        raise ConfigError(
+            f"scaling.num_workers is {scaling.num_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false."
+        )

@@ -36,7 +36,11 @@ def demo_config(output: str, source: str) -> Config:
     elif source in SOURCES:
         overrides += [f"source.name={source}"]
     else:
-        overrides += ["source.name=image-folder", f"source.path={storage.absolute(source)}", "source.holdout_fraction=0.1"]
+        overrides += [
+            "source.name=image-folder",
+            f"source.path={storage.absolute(source)}",
+            "source.holdout_fraction=0.1",
+        ]
     return load_config(CONFIG, overrides)
 
 
@@ -62,7 +66,9 @@ def demo(output: str, source: str) -> dict[str, Any]:
         evaluation_options = select_sections(EvaluateOptions, config, checkpoint=run.checkpoint)
         record = evaluate(evaluation_options)
     with _timed("report", seconds):
-        storage.replace(storage.join(output, "samples.png"), storage.read_bytes(storage.join(samples.samples, "grid.png")))
+        storage.replace(
+            storage.join(output, "samples.png"), storage.read_bytes(storage.join(samples.samples, "grid.png"))
+        )
         report = storage.join(output, "report.html")
         write_report(evaluation_options, report, f"Tessera demo: {config.source.name}", wall_seconds=seconds)
     summary = {
@@ -74,7 +80,8 @@ def demo(output: str, source: str) -> dict[str, Any]:
         "checkpoint": run.checkpoint,
         "samples": samples.samples,
         "evaluation": [
-            {"metric": name, "value": metric["value"], "num_samples": metric["num_samples"]} for name, metric in record.metrics.items()
+            {"metric": name, "value": metric["value"], "num_samples": metric["num_samples"]}
+            for name, metric in record.metrics.items()
         ],
         "wall_seconds": seconds,
     }
@@ -96,5 +103,7 @@ def _print_result(metrics: dict[str, Any], report: str) -> None:
     print("\nFréchet distance to the reference, lower is better, all measured the same way:")
     for label, name in (("held-out real images (floor)", "fd_holdout"), ("reconstructions", "rfd"), ("samples", "gfd")):
         metric = metrics[name]
-        print(f"  {label:<30} {metric['value']:8.2f} ± {metric['standard_error']:.2f}  ({metric['num_samples']} images)")
+        print(
+            f"  {label:<30} {metric['value']:8.2f} ± {metric['standard_error']:.2f}  ({metric['num_samples']} images)"
+        )
     print(f"\nReport: {report}")

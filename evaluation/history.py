@@ -20,7 +20,9 @@ GRID_CAPTIONS = {
 }
 
 
-def write_report(options: EvaluateOptions, page_path: str, title: str, wall_seconds: Mapping[str, float] | None = None) -> None:
+def write_report(
+    options: EvaluateOptions, page_path: str, title: str, wall_seconds: Mapping[str, float] | None = None
+) -> None:
     """Renders the page of an evaluation folder to `page_path`.
 
     Args:
@@ -78,7 +80,15 @@ def _run_curves(options: EvaluateOptions, commit: checkpoints.Commit | None) -> 
     if commit is None:
         return []
     log = run_log.read_log(options.run.path, commit.content["log"])
-    return [Curve("Transformer: training loss", "step", [r["step"] + 1 for r in log], [r["loss"] for r in log], "nats per code")]
+    return [
+        Curve(
+            "Transformer: training loss",
+            "step",
+            [r["step"] + 1 for r in log],
+            [r["loss"] for r in log],
+            "nats per code",
+        )
+    ]
 
 
 def _grids(options: EvaluateOptions, records: list[Record]) -> list[Grid]:

@@ -33,7 +33,9 @@ def verify_artefact(path: str) -> list[str]:
         return _problems(lambda: open_tokenizer(path))
     if "checkpoints" in tops:
         return verify_run(path)
-    raise ArtefactError(f"PATH is {path}, but it is no tokenizer, code dataset, run, checkpoint or record. Name one of these.")
+    raise ArtefactError(
+        f"PATH is {path}, but it is no tokenizer, code dataset, run, checkpoint or record. Name one of these."
+    )
 
 
 def _problems(read: Callable[[], Any]) -> list[str]:

@@ -70,7 +70,9 @@ def list_files(path: str, suffix: str = "") -> list[str]:
         found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
     else:
         found = [S3 + name for name in _fs().find(path)]
-        found = [name for name in found if name.startswith(path.rstrip("/") + "/")]  # `find` also names the folder itself
+        found = [
+            name for name in found if name.startswith(path.rstrip("/") + "/")
+        ]  # `find` also names the folder itself
     return sorted(name for name in found if name.endswith(suffix) and not os.path.basename(name).startswith(TEMPORARY))
 
 

@@ -202,7 +202,15 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
-        decoded = shards.map_batches(decode_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job})
+        decoded = shards.map_batches(
+            decode_shard,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"job": job},
+            # Ray Data would decode inside the encoder's process, one after the other, unless the two ask for resources
+            # differently. Where encoders hold every CPU, that is the only way for both to run.
+            ray_remote_args_fn=dict if has_cpus_beside(options.codes.num_encoder_actors) else None,
+        )
         committed = decoded.map_batches(
             ShardEncoder,
             batch_size=None,
@@ -213,6 +221,11 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
             fn_constructor_kwargs={"job": job},
         )
         _wait(committed, len(missing))
+
+
+def has_cpus_beside(num_encoder_actors: int) -> bool:
+    """Whether the cluster has CPUs for decoding that no encoder holds."""
+    return ray.cluster_resources().get("CPU", 0.0) > num_encoder_actors
 
 
 def gpus_per_encoder(num_encoder_actors: int) -> float:

@@ -46,7 +46,9 @@ def store_tokenizer(tokenizer: Tokenizer, path: str) -> str:
                 present = storage.read_bytes(storage.join(path, name))
                 with open(os.path.join(folder, name), "rb") as file:
                     if present != file.read():
-                        raise ArtefactError(f"{path}/{name} is there already, but with other contents. Choose another folder.")
+                        raise ArtefactError(
+                            f"{path}/{name} is there already, but with other contents. Choose another folder."
+                        )
     return mark
 
 

@@ -27,7 +27,9 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file) or {}
     except OSError as error:
-        raise ConfigError(f"-c is {path}, but it cannot be read: {error.strerror}. Name an existing YAML file.") from None
+        raise ConfigError(
+            f"-c is {path}, but it cannot be read: {error.strerror}. Name an existing YAML file."
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"-c is {path}, but it is not valid YAML: {error}. Mend the file.") from None
     if not isinstance(tree, dict):
@@ -41,13 +43,17 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"Argument is {override!r}, but overrides read section.key=value. Write e.g. train.num_steps=100.")
+        raise ConfigError(
+            f"Argument is {override!r}, but overrides read section.key=value. Write e.g. train.num_steps=100."
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
     if not isinstance(tree.setdefault(section, {}) or {}, dict):
-        raise ConfigError(f"{section} is {tree[section]!r}, but it must be a section of keys. Indent its keys under it.")
+        raise ConfigError(
+            f"{section} is {tree[section]!r}, but it must be a section of keys. Indent its keys under it."
+        )
     tree[section] = {**(tree[section] or {}), name: value}
 
 
@@ -151,10 +157,20 @@ def reference_page() -> str:
     hints = typing.get_type_hints(Config)
     for section in dataclasses.fields(Config):
         cls = hints[section.name]
-        lines += ["", f"## {section.name}", "", (cls.__doc__ or "").strip(), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {section.name}",
+            "",
+            (cls.__doc__ or "").strip(),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for f in dataclasses.fields(cls):
             default = _plain(f.default)
-            lines.append(f"| `{f.name}` | {_type_name(typing.get_type_hints(cls)[f.name])} | `{default}` | {f.metadata['text']} |")
+            lines.append(
+                f"| `{f.name}` | {_type_name(typing.get_type_hints(cls)[f.name])} | `{default}` | {f.metadata['text']} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 
 def option(
-    default: Any = MISSING, text: str = "", *, low: float | None = None, high: float | None = None, above: float | None = None
+    default: Any = MISSING,
+    text: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
     metadata = {"text": text, "low": low, "high": high, "above": above}
@@ -38,7 +43,9 @@ class SourceOptions:
     holdout_fraction: float = option(
         0.0, "Without holdout_path: share of the images, chosen by hash, kept out of training.", low=0.0, high=0.9
     )
-    num_holdout_images: int | None = option(None, "Use the first so many held-out images; all of them if not given.", low=1)
+    num_holdout_images: int | None = option(
+        None, "Use the first so many held-out images; all of them if not given.", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,9 @@ class TokenizerOptions:
     codebook_dim: int = option(8, "Width of a codebook entry.", low=1)
     quantizer: Literal["vq-l2", "vq"] = option("vq-l2", "vq-l2: l2-normalised codes; vq: Euclidean.")
     base_channels: int = option(128, "Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups).", low=32)
-    channel_multipliers: tuple[int, ...] = option((1, 1, 2, 2, 4), "Per level; each level but the last halves the image.")
+    channel_multipliers: tuple[int, ...] = option(
+        (1, 1, 2, 2, 4), "Per level; each level but the last halves the image."
+    )
     num_res_blocks: int = option(2, "Residual blocks per level.", low=1)
     attention_resolutions: tuple[int, ...] = option((16,), "Feature-map sides at which self-attention is used.")
     z_channels: int = option(256, "Channels between encoder and quantizer.", low=1)
@@ -76,12 +85,16 @@ class TokenizerTrainOptions:
     learning_rate: float = option(1e-4, "Peak learning rate of both optimizers.", above=0.0)
     warmup_samples: int = option(0, "Images over which the learning rate rises from 0.", low=0)
     decay: Literal["cosine", "none"] = option("cosine", "Learning-rate schedule after the warm-up.")
-    weight_average_decay: float = option(0.999, "Decay of the exponential average of the weights; 0 turns it off.", low=0.0, high=1.0)
+    weight_average_decay: float = option(
+        0.999, "Decay of the exponential average of the weights; 0 turns it off.", low=0.0, high=1.0
+    )
     l1_weight: float = option(1.0, "Weight of the absolute pixel difference.", low=0.0)
     l2_weight: float = option(0.0, "Weight of the squared pixel difference.", low=0.0)
     codebook_weight: float = option(1.0, "Weight of |sg[z] - e|^2, which moves the codebook.", low=0.0)
     commitment_weight: float = option(0.25, "Weight of |z - sg[e]|^2, which moves the encoder.", low=0.0)
-    discriminator_weight: float = option(0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0)
+    discriminator_weight: float = option(
+        0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0
+    )
     discriminator_channels: int = option(64, "Channels of the discriminator's first layer.", low=8)
     discriminator_layers: int = option(3, "Strided layers of the patch discriminator.", low=1, high=5)
     discriminator_start_samples: int = option(
@@ -91,7 +104,9 @@ class TokenizerTrainOptions:
     adaptive_weight: bool = option(True, "Scale the adversarial term by the ratio of last-layer gradients.")
     max_adaptive_weight: float = option(100.0, "Cap of that ratio.", above=0.0)
     grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
-    revive_every_steps: int = option(200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0)
+    revive_every_steps: int = option(
+        200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0
+    )
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, with distances, norms and losses in fp32.")
     log_every_steps: int = option(50, "Steps between two log lines.", low=1)
     checkpoint_every_steps: int = option(500, "Steps between two commits.", low=1)
@@ -103,10 +118,14 @@ class CodesOptions:
 
     path: str = option("runs/codes", "Folder of the code dataset. Local or s3://.")
     shard_size: int = option(512, "Images per shard: what one task decodes, encodes and commits.", low=1)
-    encode_batch_size: int = option(64, "Images per encoder call. Part of the identity: it can decide near ties.", low=1)
+    encode_batch_size: int = option(
+        64, "Images per encoder call. Part of the identity: it can decide near ties.", low=1
+    )
     encode_precision: Literal["fp32", "bf16"] = option("fp32", "fp32 is the parity mode. Part of the identity.")
     num_encoder_actors: int = option(1, "Encoders in the actor pool.", low=1)
-    max_quarantined_fraction: float = option(0.01, "More unusable images than this share fail the job.", low=0.0, high=1.0)
+    max_quarantined_fraction: float = option(
+        0.01, "More unusable images than this share fail the job.", low=0.0, high=1.0
+    )
     verify_on_open: bool = option(True, "Hash every part before training starts.")
 
 
@@ -117,7 +136,9 @@ class ModelOptions:
     num_layers: int = option(12, "Blocks.", low=1)
     hidden_size: int = option(768, "Width.", low=8)
     num_heads: int = option(12, "Attention heads; hidden_size / num_heads must be a multiple of 4 (2-D RoPE).", low=1)
-    ffn_size: int | None = option(None, "Width of the SwiGLU layer; 8/3 hidden_size rounded up to 64 if not given.", low=8)
+    ffn_size: int | None = option(
+        None, "Width of the SwiGLU layer; 8/3 hidden_size rounded up to 64 if not given.", low=8
+    )
     residual_dropout: float = option(0.1, "Dropout on what each branch adds.", low=0.0, high=0.9)
     embedding_dropout: float = option(0.1, "Dropout on the embedded codes.", low=0.0, high=0.9)
     qk_norm: bool = option(True, "RMS-normalise queries and keys per head.")
@@ -128,8 +149,12 @@ class ModelOptions:
 class ConditioningOptions:
     """What precedes the codes."""
 
-    name: str = option("class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`.")
-    cond_drop_prob: float = option(0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0)
+    name: str = option(
+        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`."
+    )
+    cond_drop_prob: float = option(
+        0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +188,9 @@ class TrainOptions:
 class DeepSpeedOptions:
     """DeepSpeed ZeRO."""
 
-    zero_stage: Literal[0, 1, 2, 3] = option(1, "What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too.")
+    zero_stage: Literal[0, 1, 2, 3] = option(
+        1, "What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +200,9 @@ class ScalingOptions:
     num_workers: int = option(1, "Training processes (world size).", low=1)
     use_gpu: bool = option(False, "One GPU per worker.")
     cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)
-    threads_per_worker: int | None = option(None, "Torch threads per worker; cpus_per_worker rounded up if not given.", low=1)
+    threads_per_worker: int | None = option(
+        None, "Torch threads per worker; cpus_per_worker rounded up if not given.", low=1
+    )
     max_failures: int = option(3, "Times a job restarts its workers from the last commit before it gives up.", low=0)
 
 
@@ -185,7 +214,9 @@ class SamplingOptions:
     num_samples: int = option(64, "Samples that `sample` draws.", low=1)
     labels: tuple[int, ...] | None = option(None, "Classes to draw, cycled by sample index; all classes if not given.")
     cfg_scale: float = option(1.0, "Classifier-free guidance; 1 turns it off.", low=0.0)
-    cfg_schedule: Literal["constant", "linear", "power-cosine"] = option("constant", "How guidance grows over the codes.")
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] = option(
+        "constant", "How guidance grows over the codes."
+    )
     cfg_power: float = option(2.75, "Exponent of power-cosine (RAR, Yu et al. 2024).", above=0.0)
     temperature: float = option(1.0, "Divides the logits.", above=0.0)
     top_k: int | None = option(None, "Keep the k likeliest codes; all if not given.", low=1)
@@ -200,11 +231,17 @@ class EvaluationOptions:
 
     path: str = option("runs/evaluation", "Folder of records, reference statistics and the report.")
     num_samples: int = option(10_000, "Samples drawn, reconstructions made and held-out images taken.", low=2)
-    num_reference_images: int | None = option(None, "Training images behind the reference statistics; all if not given.", low=2)
+    num_reference_images: int | None = option(
+        None, "Training images behind the reference statistics; all if not given.", low=2
+    )
     num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
     num_feature_actors: int = option(1, "Actors that compute features.", low=1)
-    extractor: str = option("efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`.")
-    extractor_resolution: int = option(224, "Side to which images are resized for the extractor; part of the metric's name.", low=32)
+    extractor: str = option(
+        "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
+    )
+    extractor_resolution: int = option(
+        224, "Side to which images are resized for the extractor; part of the metric's name.", low=32
+    )
     num_blocks: int = option(10, "Blocks of the jackknife that gives the standard errors.", low=2)
     num_grid_images: int = option(64, "Images per grid on the report page.", low=1)
 

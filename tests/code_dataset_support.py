@@ -55,7 +55,14 @@ class Recipe:
             labels=self.labels(ids).repeat(self.num_views) if self.num_classes else None,
         )
         bad = [
-            {"image_id": 100 + i, "uri": f"image-{i}", "stage": "decode", "kind": "empty", "message": "-", "sha256": "0" * 64}
+            {
+                "image_id": 100 + i,
+                "uri": f"image-{i}",
+                "stage": "decode",
+                "kind": "empty",
+                "message": "-",
+                "sha256": "0" * 64,
+            }
             for i in self.bad_images
             if i // self.shard_size == shard
         ]

@@ -34,7 +34,9 @@ def pack(codes_NL: np.ndarray, bits: int) -> np.ndarray:
         ValueError: a code does not fit.
     """
     if codes_NL.size and not (0 <= codes_NL.min() and codes_NL.max() < 1 << bits):
-        raise ValueError(f"codes span [{codes_NL.min()}, {codes_NL.max()}], but {bits} bits hold [0, {(1 << bits) - 1}]")
+        raise ValueError(
+            f"codes span [{codes_NL.min()}, {codes_NL.max()}], but {bits} bits hold [0, {(1 << bits) - 1}]"
+        )
     each_bit = (codes_NL.astype(np.uint32)[..., None] >> np.arange(bits, dtype=np.uint32)).astype(np.uint8) & 1
     return np.packbits(each_bit.reshape(len(codes_NL), codes_NL.shape[1] * bits), axis=1, bitorder="little")
 

@@ -30,9 +30,13 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         content = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew.") from None
+        raise ArtefactError(
+            f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
+        ) from None
     except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Restore it, or tokenize anew.") from None
+        raise ArtefactError(
+            f"{path} is damaged ({error}), but it must be JSON. Restore it, or tokenize anew."
+        ) from None
     if not isinstance(content, dict):
         raise ArtefactError(f"{path} is damaged, but it must hold a JSON object. Restore it, or tokenize anew.")
     return content

@@ -51,7 +51,9 @@ def encode_part(rows: PartRows, codebook_size: int) -> tuple[bytes, list[dict[st
         ValueError: a code is outside [0, codebook_size).
     """
     if rows.codes.min() < 0 or rows.codes.max() >= codebook_size:
-        raise ValueError(f"codes span [{rows.codes.min()}, {rows.codes.max()}], but the codebook has {codebook_size} entries")
+        raise ValueError(
+            f"codes span [{rows.codes.min()}, {rows.codes.max()}], but the codebook has {codebook_size} entries"
+        )
     packed = np.ascontiguousarray(pack(rows.codes, num_bits(codebook_size)))
     columns = {IMAGE_ID: rows.image_ids.astype("<i8"), VIEW: rows.views.astype("<i4")}
     if rows.labels is not None:
@@ -97,8 +99,14 @@ def _row_groups(data: bytes, columns: dict[str, np.ndarray]) -> list[dict[str, A
             payload = data[offset : offset + num_bytes]
             # The arithmetic rests on how the writer lays pages out, so every part proves it.
             if payload != values[start : start + group.num_rows].tobytes():
-                raise RuntimeError(f"the Parquet writer did not put column {name} where row-addressed reading expects it")
-            entry["columns"][name] = {"offset": offset, "bytes": num_bytes, "xxh3_64": xxhash.xxh3_64_hexdigest(payload)}
+                raise RuntimeError(
+                    f"the Parquet writer did not put column {name} where row-addressed reading expects it"
+                )
+            entry["columns"][name] = {
+                "offset": offset,
+                "bytes": num_bytes,
+                "xxh3_64": xxhash.xxh3_64_hexdigest(payload),
+            }
         groups.append(entry)
         start += group.num_rows
     return groups

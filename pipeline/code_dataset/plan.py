@@ -99,9 +99,13 @@ def read_plan(root: str, fingerprint: str) -> Plan:
         plan = Plan(json.loads(images.schema.metadata[IDENTITY]), images)
         found = plan.fingerprint
     except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew.") from None
+        raise ArtefactError(
+            f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
+        ) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}). Restore it, or tokenize anew.") from None
     if found != fingerprint:
-        raise ArtefactError(f"{path} is damaged: its fingerprint is {found}, not its name. Restore it, or tokenize anew.")
+        raise ArtefactError(
+            f"{path} is damaged: its fingerprint is {found}, not its name. Restore it, or tokenize anew."
+        )
     return plan

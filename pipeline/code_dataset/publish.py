@@ -87,7 +87,9 @@ def publish(root: str, receipts: list[dict[str, Any]], description: dict[str, An
     digest = sha256_hex(data)
     storage.put_if_absent(manifest_path(root, digest), data)
     version = {"manifest_sha256": digest, "parent": None, "root_hash": manifest["root_hash"], "created_at": time.time()}
-    storage.put_if_absent(version_path(root, 1), canonical_json({**version, "sha256": sha256_hex(canonical_json(version))}))
+    storage.put_if_absent(
+        version_path(root, 1), canonical_json({**version, "sha256": sha256_hex(canonical_json(version))})
+    )
 
 
 def _columns(description: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,5 +124,7 @@ def _read_codes(path: str, column: dict[str, Any]) -> np.ndarray:
     except FileNotFoundError:
         payload = b""
     if xxhash.xxh3_64_hexdigest(payload) != column["xxh3_64"]:
-        raise ArtefactError(f"{path} is missing or damaged, but its receipt says it is finished. Remove the receipt and run again.")
+        raise ArtefactError(
+            f"{path} is missing or damaged, but its receipt says it is finished. Remove the receipt and run again."
+        )
     return np.frombuffer(payload, np.uint8)

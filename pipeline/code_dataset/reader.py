@@ -139,7 +139,10 @@ class CodeDataset:
             for group in part["row_groups"]:
                 offsets = {name: column["offset"] for name, column in group["columns"].items()}
                 self._groups.append(
-                    {name: np.frombuffer(data, dtype, group["rows"], offsets[name]) for name, dtype in self._dtypes.items()}
+                    {
+                        name: np.frombuffer(data, dtype, group["rows"], offsets[name])
+                        for name, dtype in self._dtypes.items()
+                    }
                 )
                 starts.append(row)
                 row += group["rows"]

@@ -32,7 +32,9 @@ def verify_code_dataset(root: str) -> list[str]:
         path = storage.join(root, quarantine["path"])
         problems += _hash_problems(path, quarantine["sha256"]) or _quarantine_problems(path, quarantine, kinds)
     if not problems and kinds != Counter(manifest["counts"]["n_quarantined"]):
-        problems.append(f"{root} has quarantined {dict(kinds)}, but its manifest counts {manifest['counts']['n_quarantined']}")
+        problems.append(
+            f"{root} has quarantined {dict(kinds)}, but its manifest counts {manifest['counts']['n_quarantined']}"
+        )
     return problems
 
 
@@ -55,7 +57,9 @@ def _plan_problems(root: str, manifest: dict[str, Any]) -> list[str]:
         return [str(error)]
     expected = (manifest["counts"]["n_input"], len(manifest["receipts_sha256"]))
     if (len(plan.images), plan.num_shards) != expected:
-        return [f"{path} has {len(plan.images)} images in {plan.num_shards} shards, expected {expected[0]} in {expected[1]}"]
+        return [
+            f"{path} has {len(plan.images)} images in {plan.num_shards} shards, expected {expected[0]} in {expected[1]}"
+        ]
     return []
 
 

@@ -38,13 +38,23 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
     if os.path.exists(config_path):
         present = read_config(folder)["fingerprint"]
         if present != mark:
-            raise ArtefactError(f"{folder} is the folder of tokenizer {present}, but {mark} was to be written. Choose another folder.")
+            raise ArtefactError(
+                f"{folder} is the folder of tokenizer {present}, but {mark} was to be written. Choose another folder."
+            )
         return mark
     os.makedirs(folder, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()
+    }
     _write_durably(os.path.join(folder, WEIGHTS), lambda path: save_file(tensors, path))
     text = json.dumps(
-        {"format": "tessera-tokenizer", "format_version": FORMAT_VERSION, "fingerprint": mark, **dataclasses.asdict(baked.config)}, indent=2
+        {
+            "format": "tessera-tokenizer",
+            "format_version": FORMAT_VERSION,
+            "fingerprint": mark,
+            **dataclasses.asdict(baked.config),
+        },
+        indent=2,
     )
     _write_durably(config_path, lambda path: _write_text(path, text))
     return mark
@@ -65,9 +75,17 @@ def read_config(folder: str) -> dict:
             f"tokenizer.path is {folder}, but there is no {CONFIG} in it. Run train-tokenizer or import-tokenizer first."
         ) from None
     except json.JSONDecodeError as error:
-        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Restore or re-create the tokenizer.") from None
-    if not isinstance(content, dict) or content.get("format") != "tessera-tokenizer" or content.get("format_version") != FORMAT_VERSION:
-        raise ArtefactError(f"{path} is not a tokenizer of format version {FORMAT_VERSION}, but it must be. Re-create the tokenizer.")
+        raise ArtefactError(
+            f"{path} is damaged ({error}), but it must be JSON. Restore or re-create the tokenizer."
+        ) from None
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != "tessera-tokenizer"
+        or content.get("format_version") != FORMAT_VERSION
+    ):
+        raise ArtefactError(
+            f"{path} is not a tokenizer of format version {FORMAT_VERSION}, but it must be. Re-create the tokenizer."
+        )
     return content
 
 
@@ -85,10 +103,14 @@ def load_tokenizer(folder: str) -> Tokenizer:
         tokenizer = Tokenizer(config)
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
     except (KeyError, RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise ArtefactError(f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it.") from error
+        raise ArtefactError(
+            f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it."
+        ) from error
     found = fingerprint(tokenizer)
     if found != content["fingerprint"]:
-        raise ArtefactError(f"{folder} is a damaged tokenizer: its fingerprint is {content['fingerprint']}, but its tensors give {found}.")
+        raise ArtefactError(
+            f"{folder} is a damaged tokenizer: its fingerprint is {content['fingerprint']}, but its tensors give {found}."
+        )
     tokenizer.fingerprint = found
     return tokenizer.eval().requires_grad_(False)
 

@@ -16,7 +16,11 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, num_layers + 1):
             wider = channels * min(2**i, 8)
             stride = 2 if i < num_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), nn.GroupNorm(8, wider), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(8, wider),
+                nn.LeakyReLU(0.2),
+            ]
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)

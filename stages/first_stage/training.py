@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.errors import ConfigError
 from stages.first_stage.discriminator import PatchDiscriminator, smallest_image
 from stages.first_stage.losses import (
     adaptive_weight,
@@ -16,7 +17,6 @@ from stages.first_stage.losses import (
     reconstruction_loss,
 )
 from stages.first_stage.tokenizer import Tokenizer
-from stages.errors import ConfigError
 from stages.options import TokenizerTrainOptions
 from stages.schedule import warmup_constant, warmup_cosine
 
@@ -79,7 +79,9 @@ class FirstStageTrainer:
         self.tokenizer_parallel = wrap(tokenizer)
         self.discriminator_parallel = None if discriminator is None else wrap(discriminator)
         betas = (0.5, 0.9)
-        self.tokenizer_optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+        self.tokenizer_optimizer = torch.optim.AdamW(
+            tokenizer.parameters(), lr=0.0, betas=betas, weight_decay=0.0, fused=True
+        )
         self.discriminator_optimizer = (
             None
             if discriminator is None
@@ -87,7 +89,9 @@ class FirstStageTrainer:
         )
         self.average = WeightAverage(tokenizer, options.weight_average_decay)
         self.device_type = next(tokenizer.parameters()).device.type
-        self.code_counts_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=next(tokenizer.parameters()).device)
+        self.code_counts_K = torch.zeros(
+            tokenizer.codebook_size, dtype=torch.int64, device=next(tokenizer.parameters()).device
+        )
 
     def learning_rate(self, num_seen: int) -> float:
         """Learning rate after `num_seen` images."""
@@ -114,7 +118,11 @@ class FirstStageTrainer:
         with self._autocast():
             reconstructions, quantized = self.tokenizer_parallel(images)
         reconstruction = reconstruction_loss(images, reconstructions, o.l1_weight, o.l2_weight)
-        loss = reconstruction + o.codebook_weight * quantized.codebook_loss + o.commitment_weight * quantized.commitment_loss
+        loss = (
+            reconstruction
+            + o.codebook_weight * quantized.codebook_loss
+            + o.commitment_weight * quantized.commitment_loss
+        )
         metrics = {
             "reconstruction": reconstruction.detach(),
             "codebook": quantized.codebook_loss.detach(),
@@ -139,7 +147,9 @@ class FirstStageTrainer:
         if not self.options.adaptive_weight:
             return torch.ones((), device=reconstruction.device)
         last_layer = self.tokenizer.decoder.conv_out.weight
-        norms = torch.stack([last_layer_grad_norm(reconstruction, last_layer), last_layer_grad_norm(generator, last_layer)])
+        norms = torch.stack(
+            [last_layer_grad_norm(reconstruction, last_layer), last_layer_grad_norm(generator, last_layer)]
+        )
         self.all_reduce_mean(norms)
         return adaptive_weight(norms[0], norms[1], self.options.max_adaptive_weight)
 

@@ -71,5 +71,7 @@ def open_conditioning(name: str, num_classes: int, hidden_size: int) -> nn.Modul
     module, colon, attribute = target.partition(":")
     if not colon:
         allowed = ", ".join(sorted(CONDITIONINGS))
-        raise ConfigError(f"conditioning.name is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one.")
+        raise ConfigError(
+            f"conditioning.name is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one."
+        )
     return getattr(importlib.import_module(module), attribute)(num_classes, hidden_size)

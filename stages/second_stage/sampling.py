@@ -14,7 +14,6 @@ from stages.options import SamplingOptions
 from stages.second_stage.transformer import KVCache, Transformer
 
 
-
 def uniforms(seed: int, indices: np.ndarray, position: int) -> np.ndarray:
     """One number in [0, 1) per global sample index, float64 (n,): a hash of (seed, index, position)."""
     return uniform(hash64(seed, indices, position))

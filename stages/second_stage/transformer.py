@@ -51,7 +51,12 @@ def ffn_size(options: ModelOptions) -> int:
 
 
 def transformer_config(
-    options: ModelOptions, conditioning: ConditioningOptions, *, codebook_size: int, grid: tuple[int, int], num_classes: int
+    options: ModelOptions,
+    conditioning: ConditioningOptions,
+    *,
+    codebook_size: int,
+    grid: tuple[int, int],
+    num_classes: int,
 ) -> TransformerConfig:
     """The module asked for by the options, on a code dataset with these properties.
 
@@ -106,7 +111,14 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers in tensors of fixed size (layers, 2, B, H, T, D), filled from the left."""
 
-    def __init__(self, config: TransformerConfig, batch_size: int, num_positions: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
         shape = (config.num_layers, 2, batch_size, config.num_heads, num_positions, config.head_size)
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
@@ -212,7 +224,9 @@ class Transformer(nn.Module):
     def _run(self, x_BTC: Tensor, start: int, cache: KVCache | None) -> Tensor:
         config, t = self.config, x_BTC.shape[1]
         prefix = self.conditioning.num_prefix_tokens
-        angles = rope_angles(config.grid, prefix, config.head_size, config.rope_base)[start : start + t].to(x_BTC.device)
+        angles = rope_angles(config.grid, prefix, config.head_size, config.rope_base)[start : start + t].to(
+            x_BTC.device
+        )
         cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):

@@ -60,7 +60,9 @@ def test_a_folder_is_committed_once(run):
     assert checkpoints.open_commit(commit.path) == commit
 
 
-@pytest.mark.parametrize("text", ["", "{", json.dumps({"format": "other"}), json.dumps({"format": checkpoints.FORMAT, "format_version": 9})])
+@pytest.mark.parametrize(
+    "text", ["", "{", json.dumps({"format": "other"}), json.dumps({"format": checkpoints.FORMAT, "format_version": 9})]
+)
 def test_damaged_and_foreign_commits_are_refused(run, text):
     commit = make(run, 10)
     with open(os.path.join(commit.path, checkpoints.COMMIT), "w") as file:

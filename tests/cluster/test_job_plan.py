@@ -9,7 +9,12 @@ from stages.options import Config
 
 SMALL = {
     "images": {"size": 32, "views": ["center", "flip"]},
-    "tokenizer": {"channel_multipliers": [1, 2, 2], "base_channels": 32, "codebook_size": 1024, "attention_resolutions": []},
+    "tokenizer": {
+        "channel_multipliers": [1, 2, 2],
+        "base_channels": 32,
+        "codebook_size": 1024,
+        "attention_resolutions": [],
+    },
     "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 2},
     "train": {"global_batch_size": 64, "micro_batch_size": 16, "num_steps": 50},
     "scaling": {"num_workers": 2},

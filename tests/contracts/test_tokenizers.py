@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from tests_support import TINY_TOKENIZER
 
 from stages.first_stage.artefact import load_tokenizer, save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
-from tests_support import TINY_TOKENIZER
 
 CONFIGS = {
     "vq": dataclasses.replace(TINY_TOKENIZER, quantizer="vq"),

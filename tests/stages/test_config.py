@@ -21,7 +21,9 @@ def file(tmp_path):
 
 
 def test_file_and_overrides_are_merged(file):
-    config = load_config(file, ["train.global_batch_size=12", "optim.betas=[0.8, 0.9]", "source.path=s3://bucket/images"])
+    config = load_config(
+        file, ["train.global_batch_size=12", "optim.betas=[0.8, 0.9]", "source.path=s3://bucket/images"]
+    )
     assert config.train.num_steps == 7
     assert config.train.global_batch_size == 12
     assert config.optim.learning_rate == 3e-4  # YAML 1.1 reads this as text
@@ -84,4 +86,6 @@ def test_every_option_is_documented_and_the_page_is_current():
     for section in dataclasses.fields(Config):
         for option in dataclasses.fields(section.default):
             assert option.metadata["text"], f"{section.name}.{option.name}"
-    assert (ROOT / "docs" / "configuration.md").read_text() == reference_page(), "run: python -m stages.config > docs/configuration.md"
+    assert (
+        ROOT / "docs" / "configuration.md"
+    ).read_text() == reference_page(), "run: python -m stages.config > docs/configuration.md"

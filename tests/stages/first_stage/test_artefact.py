@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
+from tests_support import TINY_TOKENIZER
 
 from stages.errors import ArtefactError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
-from tests_support import TINY_TOKENIZER
 
 
 @pytest.fixture

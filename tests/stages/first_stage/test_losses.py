@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from stages.first_stage.losses import adaptive_weight, generator_loss, hinge_discriminator_loss, ramp, reconstruction_loss
+from stages.first_stage.losses import (
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    ramp,
+    reconstruction_loss,
+)
 
 
 def test_reconstruction_weighs_absolute_and_squared_differences():

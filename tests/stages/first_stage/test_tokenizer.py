@@ -51,8 +51,16 @@ def test_f16_has_the_published_parameter_counts():
     assert count(tokenizer.decoder) == 42_449_795
     assert count(tokenizer) == 72_141_699
     keys = set(tokenizer.state_dict())
-    assert {"encoder.down.4.attn.1.proj_out.bias", "decoder.up.3.block.0.nin_shortcut.weight", "decoder.up.4.attn.2.q.weight"} <= keys
-    assert {"encoder.mid.attn_1.norm.weight", "encoder.down.0.downsample.conv.weight", "quantize.embedding.weight"} <= keys
+    assert {
+        "encoder.down.4.attn.1.proj_out.bias",
+        "decoder.up.3.block.0.nin_shortcut.weight",
+        "decoder.up.4.attn.2.q.weight",
+    } <= keys
+    assert {
+        "encoder.mid.attn_1.norm.weight",
+        "encoder.down.0.downsample.conv.weight",
+        "quantize.embedding.weight",
+    } <= keys
     assert not any("down.4.downsample" in key or "up.0.upsample" in key for key in keys)
 
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tests_support import TINY_TOKENIZER
 
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import PatchDiscriminator, smallest_image
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.training import FirstStageTrainer, WeightAverage, build_discriminator
 from stages.options import TokenizerTrainOptions
-from tests_support import TINY_TOKENIZER
 
 OPTIONS = TokenizerTrainOptions(
     num_samples=1000,

@@ -17,7 +17,11 @@ OPTIONS = SamplingOptions(group_size=4, cfg_scale=1.5, top_k=12, top_p=0.95, see
 def model():
     torch.manual_seed(0)
     config = transformer_config(
-        ModelOptions(num_layers=2, hidden_size=32, num_heads=2), ConditioningOptions(), codebook_size=16, grid=(2, 4), num_classes=3
+        ModelOptions(num_layers=2, hidden_size=32, num_heads=2),
+        ConditioningOptions(),
+        codebook_size=16,
+        grid=(2, 4),
+        num_classes=3,
     )
     model = Transformer(config)
     torch.nn.init.normal_(model.head.weight, std=0.3)
@@ -36,7 +40,9 @@ def test_seed_and_index_change_the_sample(model):
     assert not np.array_equal(first, sample_codes(model, dataclasses.replace(OPTIONS, seed=4), 0, 6))
 
 
-@pytest.mark.parametrize("changes", [{"cfg_scale": 1.0}, {"cfg_schedule": "linear"}, {"temperature": 0.5}, {"top_k": None, "top_p": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"cfg_scale": 1.0}, {"cfg_schedule": "linear"}, {"temperature": 0.5}, {"top_k": None, "top_p": 1.0}]
+)
 def test_every_option_path_draws_codes_in_range(model, changes):
     codes = sample_codes(model, dataclasses.replace(OPTIONS, **changes), 0, 8)
     assert codes.shape == (8, 8) and codes.min() >= 0 and codes.max() < 16

@@ -25,7 +25,11 @@ OPTIONS = ModelOptions(num_layers=2, hidden_size=32, num_heads=2)
 def build(conditioning="class", **changes):
     torch.manual_seed(0)
     config = transformer_config(
-        dataclasses.replace(OPTIONS, **changes), ConditioningOptions(name=conditioning), codebook_size=16, grid=(3, 4), num_classes=5
+        dataclasses.replace(OPTIONS, **changes),
+        ConditioningOptions(name=conditioning),
+        codebook_size=16,
+        grid=(3, 4),
+        num_classes=5,
     )
     model = Transformer(config)
     torch.nn.init.normal_(model.head.weight)  # the shipped initialisation is zero, which would hide everything
@@ -132,11 +136,17 @@ def test_learns_to_repeat_the_class():
 def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="model.hidden_size is 36.*Use 40"):
         transformer_config(
-            dataclasses.replace(OPTIONS, hidden_size=36), ConditioningOptions(), codebook_size=16, grid=(2, 2), num_classes=0
+            dataclasses.replace(OPTIONS, hidden_size=36),
+            ConditioningOptions(),
+            codebook_size=16,
+            grid=(2, 2),
+            num_classes=0,
         )
 
 
 def test_class_conditioning_needs_classes():
-    config = transformer_config(OPTIONS, ConditioningOptions(name="class"), codebook_size=16, grid=(2, 2), num_classes=0)
+    config = transformer_config(
+        OPTIONS, ConditioningOptions(name="class"), codebook_size=16, grid=(2, 2), num_classes=0
+    )
     with pytest.raises(ConfigError, match="conditioning.name is class"):
         Transformer(config)

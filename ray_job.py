@@ -74,11 +74,13 @@ def run_import_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
+    from pipeline.storage import absolute
     from pipeline.tokenizers import open_tokenizer
     from stages.first_stage.import_export import export_tokenizer
 
-    tokenizer = open_tokenizer(args.tokenizer)
-    return {"file": export_tokenizer(tokenizer, args.format, args.output), "fingerprint": tokenizer.fingerprint}
+    tokenizer = open_tokenizer(absolute(args.tokenizer))
+    file = export_tokenizer(tokenizer, args.format, absolute(args.output))
+    return {"file": file, "fingerprint": tokenizer.fingerprint}
 
 
 def run_tokenize(args: argparse.Namespace) -> Any:

@@ -79,5 +79,6 @@ class SamplerActor:
     @torch.inference_mode()
     def nll(self, codes_NL: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
         """Negative log-likelihood of whole images in nats, float64 (n,), summed over their codes."""
-        codes, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (codes_NL, labels_N))
+        # Arrays that come through Ray are read-only, which torch does not like to share.
+        codes, labels = (torch.from_numpy(np.array(a)).to(self.device) for a in (codes_NL, labels_N))
         return nll(self.model(codes, labels), codes).double().cpu().numpy()

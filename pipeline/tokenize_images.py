@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 5.0
 NUM_EXAMPLES = 3
+DECODE_RETRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +204,11 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
     with ray.data.DataContext.current(context):
         shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
         decoded = shards.map_batches(
-            decode_shard,
+            decode_shard,  # type: ignore[arg-type]  # Ray's annotations know no Arrow tables
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"job": job},
-            # Ray Data would decode inside the encoder's process, one after the other, unless the two ask for resources
-            # differently. Where encoders hold every CPU, that is the only way for both to run.
-            ray_remote_args_fn=dict if has_cpus_beside(options.codes.num_encoder_actors) else None,
+            **decoding_options(options.codes.num_encoder_actors),
         )
         committed = decoded.map_batches(
             ShardEncoder,
@@ -223,9 +222,14 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
         _wait(committed, len(missing))
 
 
-def has_cpus_beside(num_encoder_actors: int) -> bool:
-    """Whether the cluster has CPUs for decoding that no encoder holds."""
-    return ray.cluster_resources().get("CPU", 0.0) > num_encoder_actors
+def decoding_options(num_encoder_actors: int) -> dict[str, Any]:
+    """Ray's options for decoding tasks: how often a task is run again whose process died.
+
+    Ray Data would move the tasks into the encoders' processes, where they alternate with encoding, if both asked for the same
+    options. Where encoders hold every CPU, nothing else could run, so there they may.
+    """
+    has_other_cpus = ray.cluster_resources().get("CPU", 0.0) > num_encoder_actors
+    return {"max_retries": DECODE_RETRIES} if has_other_cpus else {}
 
 
 def gpus_per_encoder(num_encoder_actors: int) -> float:

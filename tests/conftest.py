@@ -9,9 +9,10 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny convolutions crawl when threads wait for each other
 os.environ.pop("RAY_ADDRESS", None)
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

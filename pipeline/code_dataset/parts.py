@@ -38,7 +38,7 @@ class PartRows:
 
 def column_dtypes(bytes_per_row: int, has_labels: bool) -> dict[str, np.dtype]:
     """The columns of a part, in order, with the little-endian type of one value."""
-    types = {IMAGE_ID: np.dtype("<i8"), VIEW: np.dtype("<i4")}
+    types: dict[str, np.dtype] = {IMAGE_ID: np.dtype("<i8"), VIEW: np.dtype("<i4")}
     if has_labels:
         types[LABEL] = np.dtype("<i4")
     return {**types, CODES: np.dtype(f"V{bytes_per_row}")}

@@ -68,7 +68,8 @@ def server_command(folder, ports):
     master, volume, filer, s3 = ports
     weed = os.path.join(os.path.dirname(sys.executable), "weed")
     options = f"""-ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -bucket={BUCKET}
-        -master.port={master} -volume.port={volume} -filer.port={filer} -s3.port={s3} -s3.port.iceberg=0 -s3.port.lance=0 -admin.ui=false -webdav=false"""
+        -master.port={master} -volume.port={volume} -filer.port={filer} -s3.port={s3}
+        -s3.port.iceberg=0 -s3.port.lance=0 -admin.ui=false -webdav=false"""
     return [weed, "-logdir", str(folder), "mini", *options.split()]
 
 

@@ -24,7 +24,7 @@ from pipeline.code_dataset.verify import verify_code_dataset
 from pipeline.images import apply_view
 from pipeline.shard_tasks import encode_views
 from pipeline.sources import open_source
-from pipeline.tokenize_images import TokenizeOptions, tokenize
+from pipeline.tokenize_images import TokenizeOptions, decoding_options, gpus_per_encoder, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from stages.config import to_yaml
 from stages.errors import ArtefactError, ConfigError, TesseraError
@@ -149,6 +149,13 @@ def test_other_encoders_complete_a_dataset_to_the_same_root_hash(options, summar
     finished = tokenize(with_codes(options, path=folder, num_encoder_actors=2))
     assert finished.root_hash == summary.root_hash
     assert verify_code_dataset(folder) == []
+
+
+@pytest.mark.ray
+def test_decoding_runs_beside_encoding_where_there_are_cpus_for_both(ray_cluster):
+    assert decoding_options(num_encoder_actors=1)
+    assert not decoding_options(num_encoder_actors=2)
+    assert gpus_per_encoder(num_encoder_actors=1) == 0
 
 
 @pytest.mark.ray

@@ -56,12 +56,12 @@ def run_plan(args: argparse.Namespace) -> Any:
 
 
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect
+    from cluster.runtime import connected
     from cluster.tokenizer_job import TokenizerJobOptions, train_tokenizer
 
     options = select(TokenizerJobOptions, checked_config(args))
-    connect()
-    return train_tokenizer(options)
+    with connected():
+        return train_tokenizer(options)
 
 
 def run_import_tokenizer(args: argparse.Namespace) -> Any:
@@ -84,54 +84,51 @@ def run_export_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def run_tokenize(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect, user_errors
+    from cluster.runtime import connected
     from pipeline.tokenize_images import TokenizeOptions, tokenize
 
     options = select(TokenizeOptions, checked_config(args))
-    connect()
-    with user_errors():
+    with connected():
         return tokenize(options)
 
 
 def run_train(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect
+    from cluster.runtime import connected
     from cluster.train_job import train
     from cluster.train_loop import TrainJobOptions
 
     options = select(TrainJobOptions, checked_config(args))
-    connect()
-    return train(options)
+    with connected():
+        return train(options)
 
 
 def run_sample(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect
+    from cluster.runtime import connected
     from cluster.sample_job import SampleJobOptions, sample
 
     options = select(SampleJobOptions, checked_config(args), checkpoint=args.checkpoint)
-    connect()
-    return sample(options)
+    with connected():
+        return sample(options)
 
 
 def run_evaluate(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect, user_errors
+    from cluster.runtime import connected
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
 
     options = select(EvaluateOptions, checked_config(args), checkpoint=args.checkpoint)
-    connect()
-    with user_errors():
+    with connected():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
         return evaluate(options).to_summary()
 
 
 def run_nightly(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect, user_errors
+    from cluster.runtime import connected
     from evaluation.evaluate import EvaluateOptions
     from evaluation.nightly import nightly
 
     options = select(EvaluateOptions, checked_config(args))
-    connect()
-    with user_errors():
+    with connected():
         return nightly(options)
 
 
@@ -151,12 +148,12 @@ def _verdict(path: str, problems: list[str]) -> dict[str, Any]:
 
 
 def run_demo(args: argparse.Namespace) -> Any:
-    from cluster.runtime import connect
+    from cluster.runtime import connected
     from evaluation.demo import DEMO_OBJECT_STORE_BYTES, demo
     from pipeline.storage import absolute
 
-    connect(object_store_bytes=DEMO_OBJECT_STORE_BYTES)
-    return demo(absolute(args.output), args.source)
+    with connected(object_store_bytes=DEMO_OBJECT_STORE_BYTES):
+        return demo(absolute(args.output), args.source)
 
 
 def run_submit(args: argparse.Namespace) -> Any:
@@ -271,20 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        _disconnect()
     summary = dataclasses.asdict(summary) if dataclasses.is_dataclass(summary) else summary
     if args.json:
         print(json.dumps(summary), flush=True)
     return 1 if summary.get("ok") is False else summary.get("exit_code", 0)
-
-
-def _disconnect() -> None:
-    """Leaves Ray before the summary is printed, so that no worker's output can follow it."""
-    if "ray" in sys.modules:
-        import ray
-
-        ray.shutdown()
 
 
 if __name__ == "__main__":

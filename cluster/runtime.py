@@ -18,23 +18,43 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
-def connect(*, num_cpus: int | None = None, object_store_bytes: int | None = None) -> None:
-    """Joins the cluster in RAY_ADDRESS (set inside `ray job submit`), or starts Ray on this machine only.
+@contextmanager
+def connected(*, num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[None]:
+    """Ray for the length of a job: the one already there, else the cluster in RAY_ADDRESS (set inside `ray job submit`), else
+    a local one. What was started is left at the end, before anything is printed that no worker's output may follow.
 
     Args:
         num_cpus: CPUs of a local instance; all of the machine's if not given.
         object_store_bytes: shared memory of a local instance; Ray's default if not given.
+
+    Raises:
+        TesseraError: a user's error that travelled inside Ray's wrappers, as itself.
     """
     if ray.is_initialized():
+        with user_errors():
+            yield
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"env_vars": WORKER_ENVIRONMENT}, log_to_driver=True)
-        return
-    for name, value in WORKER_ENVIRONMENT.items():
+    else:
+        _start_local(num_cpus, object_store_bytes)
+    try:
+        with user_errors():
+            yield
+    finally:
+        ray.shutdown()
+
+
+# A local instance runs without a dashboard. Ray Train's placement-group cleaner would then ask whichever other instance it
+# finds on this machine, and end our workers because that one does not know them. A closed port leaves it without an answer.
+LOCAL_ENVIRONMENT = {**WORKER_ENVIRONMENT, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+
+
+def _start_local(num_cpus: int | None, object_store_bytes: int | None) -> None:
+    for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # a local raylet inherits these, which spares a runtime environment
     ray.init(
         address="local",

@@ -39,13 +39,13 @@ def train(options: TrainJobOptions) -> TrainSummary:
     dataset = CodeDataset.open(options.codes.path, verify=options.codes.verify_on_open)
     check_tokenizer(options.tokenizer.path, dataset)
     config = dataset_transformer_config(options, dataset)
-    storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
     latest = checkpoints.latest_commit(options.run.path)
     if latest is not None:
         check_resumable(latest, options, dataset, config, options.scaling.num_workers)
         if latest.step >= options.train.num_steps:
             logger.info("%s has step %d already", options.run.path, latest.step)
             return _summary(options.run.path, latest)
+    storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
     run_workers(train_worker, options, options.scaling, storage.join(options.run.path, "ray"))
     latest = checkpoints.latest_commit(options.run.path)
     assert latest is not None and latest.step >= options.train.num_steps

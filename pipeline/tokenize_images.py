@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 5.0
 NUM_EXAMPLES = 3
-DECODE_RETRIES = 5
+SHARDS_PER_DECODER = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"job": job},
-            **decoding_options(options.codes.num_encoder_actors),
+            max_calls=shards_per_decoder(options.codes.num_encoder_actors),
         )
         committed = decoded.map_batches(
             ShardEncoder,
@@ -222,14 +222,14 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
         _wait(committed, len(missing))
 
 
-def decoding_options(num_encoder_actors: int) -> dict[str, Any]:
-    """Ray's options for decoding tasks: how often a task is run again whose process died.
+def shards_per_decoder(num_encoder_actors: int) -> int | None:
+    """Shards that a process decodes before a fresh one takes its place; None for no such limit.
 
-    Ray Data would move the tasks into the encoders' processes, where they alternate with encoding, if both asked for the same
-    options. Where encoders hold every CPU, nothing else could run, so there they may.
+    The limit keeps decoding in processes of its own: where both ask Ray for the same, Ray Data moves decoding into the
+    encoders' processes, to alternate with encoding. Where encoders hold every CPU, nothing else could run, so there it may.
     """
     has_other_cpus = ray.cluster_resources().get("CPU", 0.0) > num_encoder_actors
-    return {"max_retries": DECODE_RETRIES} if has_other_cpus else {}
+    return SHARDS_PER_DECODER if has_other_cpus else None
 
 
 def gpus_per_encoder(num_encoder_actors: int) -> float:

@@ -22,13 +22,10 @@ def ray_cluster():
     os.makedirs(os.path.join(folder, "ray"))
     previous = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder
-    import ray
+    from cluster.runtime import connected
 
-    from cluster.runtime import connect
-
-    connect(num_cpus=2, object_store_bytes=512 << 20)
-    yield
-    ray.shutdown()
+    with connected(num_cpus=2, object_store_bytes=512 << 20):
+        yield
     os.environ.pop("RAY_TMPDIR")
     if previous is not None:
         os.environ["RAY_TMPDIR"] = previous

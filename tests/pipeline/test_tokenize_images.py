@@ -24,7 +24,7 @@ from pipeline.code_dataset.verify import verify_code_dataset
 from pipeline.images import apply_view
 from pipeline.shard_tasks import encode_views
 from pipeline.sources import open_source
-from pipeline.tokenize_images import TokenizeOptions, decoding_options, gpus_per_encoder, tokenize
+from pipeline.tokenize_images import TokenizeOptions, gpus_per_encoder, shards_per_decoder, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from stages.config import to_yaml
 from stages.errors import ArtefactError, ConfigError, TesseraError
@@ -153,8 +153,8 @@ def test_other_encoders_complete_a_dataset_to_the_same_root_hash(options, summar
 
 @pytest.mark.ray
 def test_decoding_runs_beside_encoding_where_there_are_cpus_for_both(ray_cluster):
-    assert decoding_options(num_encoder_actors=1)
-    assert not decoding_options(num_encoder_actors=2)
+    assert shards_per_decoder(num_encoder_actors=1)
+    assert shards_per_decoder(num_encoder_actors=2) is None
     assert gpus_per_encoder(num_encoder_actors=1) == 0
 
 

@@ -1,5 +1,6 @@
 """The training loop in real process groups (gloo), without Ray: exact resume, every ZeRO stage, masked batches, refusals."""
 
+import multiprocessing
 import os
 import shutil
 import socket
@@ -19,6 +20,10 @@ from stages.config import select_sections
 from stages.errors import ArtefactError
 
 
+# The server imports the slow libraries once; every worker is a fork of it.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["deepspeed", "cluster.train_loop", "tests_support"])
+
+
 def worker(rank, world_size, port, options):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
@@ -32,7 +37,7 @@ def train(options, world_size):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (world_size, port, options), nprocs=world_size)
+    torch.multiprocessing.start_processes(worker, (world_size, port, options), nprocs=world_size, start_method="forkserver")
     return checkpoints.latest_commit(options.run.path)
 
 

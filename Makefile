@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
 $(VENV)/.base: setup.cfg pyproject.toml

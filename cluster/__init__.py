@@ -1,1 +1,1 @@
-"""Machines: the Ray runtime, Ray Train and DeepSpeed adapters, checkpoints, sampler actors, job submission and manifests."""
+"""Machines: the Ray runtime, Ray Train and DeepSpeed adapters, checkpoints, the sampler actor, job submission."""

@@ -13,6 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+import yaml
 
 from cluster import checkpoints
 from cluster.worker_group import run_workers
@@ -127,8 +128,6 @@ def _check_same_options(run_path: str, options: TokenizerJobOptions) -> None:
     text = to_yaml(options)
     if storage.put_if_absent(path, text.encode()):
         return
-    import yaml
-
     saved = yaml.safe_load(storage.read_bytes(path))
     for section, values in relevant.items():
         for key, value in values.items():

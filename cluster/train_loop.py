@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from typing import Any
@@ -155,9 +156,10 @@ class _Worker:
             total += loss.detach().double().cpu()
         digest = self.loader.digest(step)
         # One collective carries the loss and, in two halves that float64 holds exactly, every rank's digest.
-        message = torch.tensor([total.item(), float(digest >> 32), float(digest & 0xFFFFFFFF)], dtype=torch.float64)
+        values = [total.item(), float(digest >> 32), float(digest & 0xFFFFFFFF)]
+        message = torch.tensor(values, dtype=torch.float64, device=engine.device)
         gathered = [torch.empty_like(message) for _ in range(self.world_size)]
-        dist.all_gather(gathered, message) if not _uses_nccl() else _gather_on_device(gathered, message, engine.device)
+        dist.all_gather(gathered, message)
         loss_value = sum(g[0].item() for g in gathered) / (num_valid * self.dataset.num_codes)
         if not math.isfinite(loss_value):
             raise TesseraError(
@@ -202,6 +204,8 @@ class _Worker:
         entries = self._publish_files(folder, path, is_local)
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, entries)
+        if not is_local:
+            shutil.rmtree(folder)
         parent = None
         if self.rank == 0:
             content = self._commit_content([entry for part in gathered for entry in part])
@@ -301,14 +305,3 @@ def _broadcast(value: Any) -> Any:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1
-
-
-def _uses_nccl() -> bool:
-    return dist.get_backend() == "nccl"
-
-
-def _gather_on_device(gathered: list[torch.Tensor], message: torch.Tensor, device: torch.device) -> None:
-    on_device = [g.to(device) for g in gathered]
-    dist.all_gather(on_device, message.to(device))
-    for target, source in zip(gathered, on_device):
-        target.copy_(source)

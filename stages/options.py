@@ -178,7 +178,7 @@ class TrainOptions:
     micro_batch_size: int = option(32, "Rows per forward pass of one worker.", low=1)
     num_steps: int = option(10_000, "Optimizer steps of the whole run.", low=1)
     checkpoint_every_steps: int = option(1000, "Steps between two commits.", low=1)
-    keep_checkpoints: int = option(3, "Commits kept; older ones are removed. The first is never needed again.", low=1)
+    keep_checkpoints: int = option(3, "Newest commits that are kept; the log stays whole.", low=1)
     log_every_steps: int = option(50, "Steps between two log lines.", low=1)
     precision: Literal["fp32", "bf16"] = option("bf16", "Compute precision of the transformer.")
     deterministic: bool = option(False, "Refuse operations whose result is not bitwise reproducible.")

@@ -12,7 +12,11 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny convolutions crawl when threads wait for each other
 os.environ.pop("RAY_ADDRESS", None)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges time
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ class FirstStageTrainer:
         )
         self.average = WeightAverage(tokenizer, options.weight_average_decay)
         self.device_type = next(tokenizer.parameters()).device.type
+        self.last_vectors_ND = torch.zeros(0, tokenizer.config.codebook_dim)
         self.code_counts_K = torch.zeros(
             tokenizer.codebook_size, dtype=torch.int64, device=next(tokenizer.parameters()).device
         )

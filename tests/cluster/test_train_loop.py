@@ -1,5 +1,6 @@
 """The training loop in real process groups (gloo), without Ray: exact resume, every ZeRO stage, masked batches, refusals."""
 
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from code_dataset_support import Recipe
 from safetensors.torch import load_file
-from tests_support import publish_codes, tiny_config
+from tests_support import tiny_config
 
 from cluster import checkpoints, run_log
 from cluster.train_loop import WEIGHTS, TrainJobOptions, check_resumable, dataset_transformer_config, train_worker
@@ -19,6 +21,7 @@ from pipeline.code_dataset import CodeDataset
 from stages.config import select_sections
 from stages.errors import ArtefactError
 
+RECIPE = Recipe(num_images=22, bad_images=(), grid=(4, 4), codebook_size=32)
 
 # The server imports the slow libraries once; every worker is a fork of it.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["deepspeed", "cluster.train_loop", "tests_support"])
@@ -37,7 +40,9 @@ def train(options, world_size):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, (world_size, port, options), nprocs=world_size, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        worker, (world_size, port, options), nprocs=world_size, start_method="forkserver"
+    )
     return checkpoints.latest_commit(options.run.path)
 
 
@@ -48,14 +53,16 @@ def options_for(folder, codes, **sections):
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
-    return publish_codes(str(tmp_path_factory.mktemp("codes")))
+    return RECIPE.write(tmp_path_factory.mktemp("codes"))
 
 
 def forget_last_commit(run):
     shutil.rmtree(checkpoints.list_commits(run)[-1].path)
 
 
-@pytest.mark.parametrize("zero_stage, world_size, precision", [(0, 1, "fp32"), (1, 2, "fp32"), (2, 2, "bf16"), (3, 2, "fp32")])
+@pytest.mark.parametrize(
+    "zero_stage, world_size, precision", [(0, 1, "fp32"), (1, 2, "fp32"), (2, 2, "bf16"), (3, 2, "fp32")]
+)
 def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, world_size, precision):
     options = options_for(tmp_path, codes, deepspeed={"zero_stage": zero_stage}, train={"precision": precision})
     whole = train(options, world_size)
@@ -141,7 +148,7 @@ def test_a_run_is_not_continued_with_other_options(finished, codes, tmp_path, se
 
 def test_a_run_is_not_continued_on_another_dataset_or_world_size(finished, tmp_path):
     options, commit = finished
-    other = CodeDataset.open(publish_codes(str(tmp_path / "codes"), seed=1), verify=False)
+    other = CodeDataset.open(dataclasses.replace(RECIPE, num_images=23).write(tmp_path / "codes"), verify=False)
     config = dataset_transformer_config(options, other)
     with pytest.raises(ArtefactError, match=f"{other.root_hash}.*{commit.root_hash}"):
         check_resumable(commit, options, other, config, 1)

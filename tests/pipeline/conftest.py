@@ -9,13 +9,9 @@ import sys
 import time
 import uuid
 
-import hypothesis
 import pytest
 
 from pipeline import storage
-
-hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges time
-hypothesis.settings.load_profile("untimed")
 
 BUCKET = "codes"
 

@@ -193,7 +193,7 @@ def test_killed_in_the_middle_the_same_command_ends_where_an_undisturbed_one_doe
         (["plan", "-c", "/no/such.yaml"], 2, ["/no/such.yaml"]),
         (["plan", "-c", "{config}", "tokenizer.codebook_size=100000"], 2, ["codebook_size is 100000", "65536"]),
         (["verify", "/no/such/path"], 1, ["/no/such/path"]),
-        (["import-tokenizer", "/no/such.ckpt", "--output", "/tmp/never"], 1, ["/no/such.ckpt"]),
+        (["import-tokenizer", "/no/such.ckpt", "--output", "/tmp/never"], 2, ["/no/such.ckpt"]),
         (["submit"], 2, ["command is empty"]),
         (["submit", "--", "plan"], 2, ["--address"]),
     ],

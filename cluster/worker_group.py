@@ -1,6 +1,6 @@
 """A Ray Train worker group for either stage: one process per rank, restarted together after a failure."""
 
-import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +28,13 @@ def run_workers(
     Ray's own state goes to a folder of its own, new for every call: what survives a crash is our commits, not Ray's snapshots.
     """
     check_workers_fit(scaling, needs_data_cpu=datasets is not None)
-    num_threads = scaling.threads_per_worker or math.ceil(scaling.cpus_per_worker)
+
+    def run_rank() -> None:
+        local_world_size = ray.train.get_context().get_local_world_size()
+        worker(options, scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size))
+
     trainer = TorchTrainer(
-        lambda: worker(options, num_threads),
+        run_rank,
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,

@@ -201,7 +201,7 @@ class ScalingOptions:
     use_gpu: bool = option(False, "One GPU per worker.")
     cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)
     threads_per_worker: int | None = option(
-        None, "Torch threads per worker; cpus_per_worker rounded up if not given.", low=1
+        None, "Torch threads per worker; an equal share of its machine if not given.", low=1
     )
     max_failures: int = option(3, "Times a job restarts its workers from the last commit before it gives up.", low=0)
 

@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TesseraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    summary = dataclasses.asdict(summary) if dataclasses.is_dataclass(summary) else summary
+    summary = to_dict(summary) if dataclasses.is_dataclass(summary) else summary
     if args.json:
         print(json.dumps(summary), flush=True)
     return 1 if summary.get("ok") is False else summary.get("exit_code", 0)

@@ -71,27 +71,23 @@ def user_errors() -> Iterator[None]:
     """Raises the user's error that travelled inside Ray's wrappers as itself."""
     try:
         yield
-    except TesseraError:
-        raise
     except Exception as error:
         inner = find_user_error(error)
-        if inner is None:
+        if inner is None or inner is error:
             raise
         raise inner from None
 
 
 def find_user_error(error: BaseException | None) -> TesseraError | None:
-    """The TesseraError inside Ray's task and training errors, or None."""
-    if error is None or isinstance(error, TesseraError):
+    """The TesseraError inside Ray's task and training errors, or None.
+
+    A RayTaskError is made an instance of its cause's class, but its text is Ray's, so its cause is looked at first.
+    """
+    if error is None:
+        return None
+    if isinstance(error, TesseraError) and not isinstance(error, RayTaskError):
         return error
-    candidates = [error.__cause__]
-    if isinstance(error, RayTaskError):
-        candidates.append(error.cause)
-    candidates += list(getattr(error, "worker_failures", {}).values())
-    candidates.append(getattr(error, "controller_failure", None))
-    for candidate in candidates:
-        if candidate is not error and isinstance(candidate, BaseException):
-            found = find_user_error(candidate)
-            if found is not None:
-                return found
-    return None
+    inner = [getattr(error, "cause", None), error.__cause__, getattr(error, "controller_failure", None)]
+    inner += getattr(error, "worker_failures", {}).values()
+    found = (find_user_error(e) for e in inner if isinstance(e, BaseException) and e is not error)
+    return next((e for e in found if e is not None), None)

@@ -3,6 +3,7 @@
 import io
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -43,7 +44,7 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64 (n,) in order of the global sample index.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
-    actor = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
+    actor: Any = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
     size = options.sampling.group_size
     bounds = [
         (start, min(start + size, options.sampling.num_samples))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 
 from cluster import checkpoints
-from cluster.worker_group import run_workers
+from cluster.worker_group import check_workers_fit, run_workers
 from pipeline import storage
 from pipeline.images import apply_view
 from pipeline.sources import open_source
@@ -83,16 +83,14 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
     if not storage.exists(storage.join(options.tokenizer.path, CONFIG)):
         latest = checkpoints.latest_commit(run_path)
         if latest is None or latest.content["num_seen"] < options.tokenizer_train.num_samples:
+            check_workers_fit(options.scaling, needs_data_cpu=True)
             dataset = image_dataset(options.source, options.images)
+            storage.put_if_absent(storage.join(run_path, "config.yaml"), to_yaml(options).encode())
             logger.info(
                 "Training a tokenizer with %d levels on %s", len(config.channel_multipliers), options.source.name
             )
             run_workers(
-                tokenizer_worker,
-                options,
-                options.scaling,
-                storage.join(run_path, "ray"),
-                datasets={"train": dataset},
+                tokenizer_worker, options, options.scaling, storage.join(run_path, "ray"), datasets={"train": dataset}
             )
             latest = checkpoints.latest_commit(run_path)
         assert latest is not None
@@ -122,19 +120,18 @@ def check_batch(options: TokenizerJobOptions) -> None:
 
 
 def _check_same_options(run_path: str, options: TokenizerJobOptions) -> None:
-    """One folder, one training: the options that matter are stored first and compared ever after."""
-    relevant = {name: value for name, value in to_dict(options).items() if name != "scaling"}
+    """One folder, one training: refuses options other than those a training in this folder was started with."""
     path = storage.join(run_path, "config.yaml")
-    text = to_yaml(options)
-    if storage.put_if_absent(path, text.encode()):
+    if not storage.exists(path):
         return
     saved = yaml.safe_load(storage.read_bytes(path))
-    for section, values in relevant.items():
+    for section, values in to_dict(options).items():
         for key, value in values.items():
-            if saved.get(section, {}).get(key) != value:
+            before = saved.get(section, {}).get(key)
+            if section != "scaling" and before != value:
                 raise ConfigError(
-                    f"{section}.{key} is {value}, but the tokenizer in {options.tokenizer.path} is trained with "
-                    f"{saved.get(section, {}).get(key)}. Use the same value, or another tokenizer.path."
+                    f"{section}.{key} is {value}, but the tokenizer in {options.tokenizer.path} is trained with {before}. "
+                    f"Use the same value, or another tokenizer.path."
                 )
 
 
@@ -147,7 +144,10 @@ def image_dataset(source_options: SourceOptions, image_options: ImageOptions) ->
     ray.data.DataContext.get_current().enable_progress_bars = False  # the workers' own lines say how far they are
     dataset = ray.data.from_arrow(table).repartition(max(1, min(256, len(table) // 256)))
     dataset = dataset.map_batches(
-        _read_images, fn_kwargs={"source": source, "images": image_options}, batch_size=128, batch_format="pyarrow"
+        _read_images,  # type: ignore[arg-type]  # Ray's annotations know no Arrow tables
+        fn_kwargs={"source": source, "images": image_options},
+        batch_size=128,
+        batch_format="pyarrow",
     )
     num_bytes = len(table) * image_options.size**2 * image_options.channels
     return dataset.materialize() if num_bytes <= MATERIALIZE_BYTES else dataset

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cluster import checkpoints
 from cluster.train_loop import TrainJobOptions, check_resumable, dataset_transformer_config, train_worker
-from cluster.worker_group import run_workers
+from cluster.worker_group import check_workers_fit, run_workers
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset
 from pipeline.tokenizers import tokenizer_fingerprint
@@ -45,6 +45,7 @@ def train(options: TrainJobOptions) -> TrainSummary:
         if latest.step >= options.train.num_steps:
             logger.info("%s has step %d already", options.run.path, latest.step)
             return _summary(options.run.path, latest)
+    check_workers_fit(options.scaling, needs_data_cpu=False)
     storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
     run_workers(train_worker, options, options.scaling, storage.join(options.run.path, "ray"))
     latest = checkpoints.latest_commit(options.run.path)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -21,13 +20,12 @@ def run_workers(
     options: Any,
     scaling: ScalingOptions,
     storage_path: str,
-    datasets: dict[str, ray.data.Dataset] | None = None,
+    datasets: dict[str, Any] | None = None,
 ) -> None:
     """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group.
 
     Ray's own state goes to a folder of its own, new for every call: what survives a crash is our commits, not Ray's snapshots.
     """
-    check_workers_fit(scaling, needs_data_cpu=datasets is not None)
 
     def run_rank() -> None:
         local_world_size = ray.train.get_context().get_local_world_size()
@@ -48,9 +46,11 @@ def run_workers(
         ),
         datasets=datasets,
     )
-    with user_errors():
-        trainer.fit()
-    storage.delete_tree(storage_path)
+    try:
+        with user_errors():
+            trainer.fit()
+    finally:
+        storage.delete_tree(storage_path)
 
 
 def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:

@@ -69,7 +69,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if name not in fields:
             allowed = ", ".join(sorted(fields))
             raise ConfigError(f"{prefix}{name} is given, but there is no such key. Keys allowed here: {allowed}.")
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name, value in values.items():
         key, hint = f"{prefix}{name}", hints[name]
         if dataclasses.is_dataclass(hint):

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stages.config import build
 from stages.errors import ArtefactError
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 
@@ -96,10 +97,8 @@ def load_tokenizer(folder: str) -> Tokenizer:
         ArtefactError: missing, unfinished or damaged.
     """
     content = read_config(folder)
-    names = [f.name for f in dataclasses.fields(TokenizerConfig)]
     try:
-        values = {name: content[name] for name in names}
-        config = TokenizerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        config = build(TokenizerConfig, {f.name: content[f.name] for f in dataclasses.fields(TokenizerConfig)})
         tokenizer = Tokenizer(config)
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
     except (KeyError, RuntimeError, OSError, ValueError, SafetensorError) as error:

@@ -87,19 +87,35 @@ class Upsample(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the level has it."""
+    """Residual blocks of one resolution, each followed by attention where the level has it, then a change of resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        *,
+        attention: bool,
+        dropout: float,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x_BCHW = block(x_BCHW)
             if len(self.attn):
                 x_BCHW = self.attn[i](x_BCHW)
+        if self.downsample is not None:
+            x_BCHW = self.downsample(x_BCHW)
+        if self.upsample is not None:
+            x_BCHW = self.upsample(x_BCHW)
         return x_BCHW
 
 
@@ -134,9 +150,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, width) in enumerate(zip([base_channels] + widths, widths)):
-            level = _Level(before, width, num_res_blocks, resolution >> i in attention_resolutions, dropout)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(width)
+            attention = resolution >> i in attention_resolutions
+            halves = i < len(widths) - 1
+            level = _Level(before, width, num_res_blocks, attention=attention, dropout=dropout, downsample=halves)
             self.down.append(level)
         self.mid = _Middle(widths[-1], dropout)
         self.norm_out = Norm(widths[-1])
@@ -146,8 +162,6 @@ class Encoder(nn.Module):
         hidden = self.conv_in(x_BCHW)
         for level in self.down:
             hidden = level(hidden)
-            if hasattr(level, "downsample"):
-                hidden = level.downsample(hidden)
         return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
 
 
@@ -175,9 +189,8 @@ class Decoder(nn.Module):
         self.mid = _Middle(widths[-1], dropout)
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(zip(widths[1:] + widths[-1:], widths)):
-            level = _Level(before, width, num_res_blocks + 1, resolution >> i in attention_resolutions, dropout)
-            if i > 0:
-                level.upsample = Upsample(width)
+            attention = resolution >> i in attention_resolutions
+            level = _Level(before, width, num_res_blocks + 1, attention=attention, dropout=dropout, upsample=i > 0)
             self.up.append(level)
         self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -186,6 +199,4 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
             hidden = level(hidden)
-            if hasattr(level, "upsample"):
-                hidden = level.upsample(hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))

@@ -12,11 +12,24 @@ from torch import Tensor, nn
 from stages.errors import ConfigError
 
 
-class ClassConditioning(nn.Module):
-    """One prefix token per image: its class, or the null condition where the label is negative."""
+class Conditioning(nn.Module):
+    """What a conditioning is: a module from labels to prefix tokens.
+
+    Attributes:
+        num_prefix_tokens: tokens per image.
+        is_conditional: whether labels make a difference, and so whether guidance can.
+    """
 
     num_prefix_tokens = 1
     is_conditional = True
+
+    def null(self, labels_B: Tensor) -> Tensor:
+        """Labels of the same shape that mean "no condition"."""
+        return torch.full_like(labels_B, -1)
+
+
+class ClassConditioning(Conditioning):
+    """One prefix token per image: its class, or the null condition where the label is negative."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -31,15 +44,10 @@ class ClassConditioning(nn.Module):
         """int64 labels (B,), negative for null, to prefix (B, 1, hidden_size)."""
         return self.embedding(torch.where(labels_B < 0, self.num_classes, labels_B))[:, None]
 
-    def null(self, labels_B: Tensor) -> Tensor:
-        """Labels of the same shape that mean "no condition"."""
-        return torch.full_like(labels_B, -1)
 
-
-class NoConditioning(nn.Module):
+class NoConditioning(Conditioning):
     """One learned start token, whatever the label."""
 
-    num_prefix_tokens = 1
     is_conditional = False
 
     def __init__(self, num_classes: int, hidden_size: int):
@@ -50,10 +58,6 @@ class NoConditioning(nn.Module):
         """Labels (B,), ignored, to prefix (B, 1, hidden_size)."""
         return self.embedding(torch.zeros_like(labels_B))[:, None]
 
-    def null(self, labels_B: Tensor) -> Tensor:
-        """Labels of the same shape that mean "no condition"."""
-        return torch.full_like(labels_B, -1)
-
 
 CONDITIONINGS = {
     "class": "stages.second_stage.conditioning:ClassConditioning",
@@ -61,7 +65,7 @@ CONDITIONINGS = {
 }
 
 
-def open_conditioning(name: str, num_classes: int, hidden_size: int) -> nn.Module:
+def open_conditioning(name: str, num_classes: int, hidden_size: int) -> Conditioning:
     """The conditioning of that name, or at that `package.module:Class`.
 
     Raises:

@@ -198,14 +198,16 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
         self.apply(self._initialize)
         nn.init.zeros_(self.head.weight)
-        for block in self.blocks:
-            for branch in (block.attention.out, block.ffn.down):
-                nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * config.num_layers))
 
-    @staticmethod
-    def _initialize(module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
+        """N(0, 0.02); what a branch adds to the residual stream starts smaller by sqrt(2 * layers) (as GPT-2)."""
+        branch_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Attention):  # visited after its own linear layers
+            nn.init.normal_(module.out.weight, std=branch_std)
+        elif isinstance(module, SwiGLU):
+            nn.init.normal_(module.down.weight, std=branch_std)
 
     def forward(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
         """Logits of every code of whole sequences, (B, L, V), for int64 codes (B, L) and labels (B,)."""

@@ -57,7 +57,8 @@ def run_plan(args: argparse.Namespace) -> Any:
 
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
-    from cluster.tokenizer_job import TokenizerJobOptions, train_tokenizer
+    from cluster.tokenizer_job import train_tokenizer
+    from cluster.tokenizer_loop import TokenizerJobOptions
 
     options = select(TokenizerJobOptions, checked_config(args))
     with connected():

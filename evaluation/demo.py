@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.sample_job import SampleJobOptions, sample
-from cluster.tokenizer_job import TokenizerJobOptions, train_tokenizer
+from cluster.tokenizer_job import train_tokenizer
+from cluster.tokenizer_loop import TokenizerJobOptions
 from cluster.train_job import train
 from cluster.train_loop import TrainJobOptions
 from evaluation.evaluate import EvaluateOptions, evaluate

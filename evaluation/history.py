@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster import checkpoints, run_log
-from cluster.tokenizer_job import training_path
+from cluster.tokenizer_loop import training_path
 from evaluation.evaluate import EvaluateOptions
 from evaluation.records import Record, list_records
 from evaluation.report import Curve, Grid, ReportData, render_report

@@ -21,6 +21,11 @@ WORKER_ENVIRONMENT = {
 }
 
 
+def has_cluster() -> bool:
+    """Whether a cluster is named; without one, Ray runs on this machine only and ends with this process."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def connected(*, num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[None]:
     """Ray for the length of a job: the one already there, else the cluster in RAY_ADDRESS (set inside `ray job submit`), else
@@ -37,7 +42,7 @@ def connected(*, num_cpus: int | None = None, object_store_bytes: int | None = N
         with user_errors():
             yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if has_cluster():
         ray.init(runtime_env={"env_vars": WORKER_ENVIRONMENT}, log_to_driver=True)
     else:
         _start_local(num_cpus, object_store_bytes)
@@ -48,13 +53,8 @@ def connected(*, num_cpus: int | None = None, object_store_bytes: int | None = N
         ray.shutdown()
 
 
-# A local instance runs without a dashboard. Ray Train's placement-group cleaner would then ask whichever other instance it
-# finds on this machine, and end our workers because that one does not know them. A closed port leaves it without an answer.
-LOCAL_ENVIRONMENT = {**WORKER_ENVIRONMENT, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
-
-
 def _start_local(num_cpus: int | None, object_store_bytes: int | None) -> None:
-    for name, value in LOCAL_ENVIRONMENT.items():
+    for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # a local raylet inherits these, which spares a runtime environment
     ray.init(
         address="local",

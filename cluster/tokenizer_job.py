@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-import ray.train
-import ray.train.torch
 import torch
 import yaml
 
@@ -71,7 +69,13 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
             latest = checkpoints.latest_commit(run_path)
         assert latest is not None
         store_tokenizer(_averaged(latest, options), options.tokenizer.path)
-    content = checkpoints.list_commits(run_path)[-1].content
+    commits = checkpoints.list_commits(run_path)
+    if not commits:
+        raise ConfigError(
+            f"tokenizer.path is {options.tokenizer.path}, but the tokenizer there was not trained by this command. Use it as it "
+            f"is, or another tokenizer.path to train one."
+        )
+    content = commits[-1].content
     return TokenizerSummary(
         tokenizer=options.tokenizer.path,
         fingerprint=tokenizer_fingerprint(options.tokenizer.path),

@@ -7,12 +7,25 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from cluster.checkpoints import new_attempt
-from cluster.runtime import user_errors
+from cluster.runtime import has_cluster, user_errors
 from pipeline import storage
 from stages.errors import ConfigError
 from stages.options import ScalingOptions
+
+
+class _LocalTrainer(TorchTrainer):
+    """A trainer without Ray's placement-group cleaner, which outlives a driver to free what it held in a cluster.
+
+    A local instance ends with its driver. There the cleaner does harm: it asks the dashboard whether the job lives, finds
+    that of any other Ray on the machine, and ends our workers because that one does not know them.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def run_workers(
@@ -31,7 +44,8 @@ def run_workers(
         local_world_size = ray.train.get_context().get_local_world_size()
         worker(options, scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size))
 
-    trainer = TorchTrainer(
+    trainer_class = TorchTrainer if has_cluster() else _LocalTrainer
+    trainer = trainer_class(
         run_rank,
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(

@@ -1,7 +1,10 @@
 """The VQGAN: its published shape, its codes, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
+from tests_support import TINY_TOKENIZER
 
 from stages.errors import ConfigError
 from stages.first_stage.blocks import Downsample
@@ -9,18 +12,7 @@ from stages.first_stage.pixels import to_float, to_uint8
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig, psnr, tokenizer_config
 from stages.options import ImageOptions, TokenizerOptions
 
-TINY = TokenizerConfig(
-    resolution=16,
-    in_channels=3,
-    codebook_size=32,
-    codebook_dim=4,
-    base_channels=32,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(8,),
-    z_channels=16,
-    quantizer="vq-l2",
-)
+TINY = dataclasses.replace(TINY_TOKENIZER, attention_resolutions=(8,))
 
 
 @pytest.fixture

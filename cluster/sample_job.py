@@ -46,22 +46,21 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
     actor: Any = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
     size = options.sampling.group_size
-    bounds = [
-        (start, min(start + size, options.sampling.num_samples))
-        for start in range(0, options.sampling.num_samples, size)
-    ]
+    num_samples = options.sampling.num_samples
     images, codes = [], []
     with user_errors():
-        labels = ray.get(actor.labels.remote(0, options.sampling.num_samples))
-        for start, stop in bounds:
-            images.append(ray.get(actor.images.remote(start, stop)))
-            codes.append(ray.get(actor.codes.remote(start, stop)))
-            logger.info("Drew %d of %d samples", stop, options.sampling.num_samples)
+        labels = ray.get(actor.labels.remote(0, num_samples))
+        for start in range(0, num_samples, size):
+            codes.append(ray.get(actor.codes.remote(start, start + size)))
+            images.append(ray.get(actor.decode.remote(codes[-1])))
+            logger.info("Drew %d of %d samples", min(start + size, num_samples), num_samples)
+    # Whole groups were drawn and decoded; what lies beyond the number asked for is cut.
+    all_images, all_codes = np.concatenate(images)[:num_samples], np.concatenate(codes)[:num_samples]
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=np.concatenate(images), codes=np.concatenate(codes), labels=labels)
+    np.savez_compressed(buffer, images=all_images, codes=all_codes, labels=labels)
     path = options.sampling.path
     storage.replace(storage.join(path, "samples.npz"), buffer.getvalue())
-    storage.replace(storage.join(path, "grid.png"), grid_png(np.concatenate(images)))
+    storage.replace(storage.join(path, "grid.png"), grid_png(all_images))
     storage.replace(storage.join(path, "config.yaml"), to_yaml(options).encode())
     ray.kill(actor)
-    return SampleSummary(samples=path, num_samples=options.sampling.num_samples, checkpoint=commit.path)
+    return SampleSummary(samples=path, num_samples=num_samples, checkpoint=commit.path)

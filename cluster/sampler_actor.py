@@ -67,13 +67,14 @@ class SamplerActor:
         """
         size = self.sampling.group_size
         first, last = start // size, -(-stop // size)
-        images = np.concatenate([self._decode(self.codes(g * size, (g + 1) * size)) for g in range(first, last)])
+        images = np.concatenate([self.decode(self.codes(g * size, (g + 1) * size)) for g in range(first, last)])
         return images[start - first * size : stop - first * size]
 
     @torch.inference_mode()
-    def _decode(self, codes_NL: np.ndarray) -> np.ndarray:
+    def decode(self, codes_NL: np.ndarray) -> np.ndarray:
+        """Images uint8 (n, H, W, C) of codes int64 (n, L). Give whole groups where pixels must not depend on n."""
         grid = self.model.config.grid
-        codes = torch.from_numpy(codes_NL).to(self.device).view(-1, *grid)
+        codes = torch.from_numpy(np.array(codes_NL)).to(self.device).view(-1, *grid)
         return to_uint8(self.tokenizer.decode(codes)).cpu().numpy()
 
     @torch.inference_mode()

@@ -21,8 +21,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m isort --check-only .
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.bench
+	for name in frechet loader tokenize; do $(VENV)/bench/bin/python benchmarks/$$name.py || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
 $(VENV)/.base: setup.cfg pyproject.toml
@@ -38,6 +38,17 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# On top of .venv and not in it: torchmetrics imports transformers wherever it finds it. mosaicml-streaming comes without
+# its dependencies: it caps numpy and transformers and wants torchvision and cloud clients.
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m venv --without-pip $(VENV)/bench
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python -c "$$purelib")" \
+		> "$$($(VENV)/bench/bin/python -c "$$purelib")/tessera.pth"
+	$(BIN)/pip --python $(VENV)/bench install --quiet -e ".[bench]"
+	$(BIN)/pip --python $(VENV)/bench install --quiet --no-deps mosaicml-streaming==0.13.0
 	touch $@
 
 clean:

@@ -21,18 +21,31 @@ T = TypeVar("T")
 
 
 def select(cls: type[T], config: Config, **extra: Any) -> T:
-    """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own."""
-    from pipeline.storage import absolute
+    """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own.
+
+    Raises:
+        StorageError: one of the paths is in a store that cannot be used.
+    """
+    from pipeline.storage import absolute, check_reachable
 
     def resolve(section: Any) -> Any:
-        names = [name for name in ("path", "holdout_path") if getattr(section, name, None)]
-        return dataclasses.replace(section, **{name: absolute(getattr(section, name)) for name in names})
+        return dataclasses.replace(section, **{name: absolute(path) for name, path in section_paths(section).items()})
 
-    return select_sections(
+    options = select_sections(
         cls,
         dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}),
         **extra,
     )
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # cls is one of the options dataclasses
+        for name, path in section_paths(getattr(options, field.name)).items():
+            check_reachable(f"{field.name}.{name}", path)
+    return options
+
+
+def section_paths(section: Any) -> dict[str, str]:
+    """The paths that a section of the configuration names, by key."""
+    names = ("path", "holdout_path", "cache_path")
+    return {name: getattr(section, name) for name in names if getattr(section, name, None)}
 
 
 def checked_config(args: argparse.Namespace) -> Config:
@@ -47,8 +60,11 @@ def checked_config(args: argparse.Namespace) -> Config:
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render
     from pipeline.sources import open_source
+    from pipeline.storage import check_reachable
 
     config = checked_config(args)
+    for name, path in section_paths(config.source).items():
+        check_reachable(f"source.{name}", path)
     source = open_source(config.source, config.images)
     derived = derive(config, len(source.list_images("train")), len(source.class_names))
     print(render(config, derived))
@@ -66,21 +82,27 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def run_import_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute, local_copy
-    from pipeline.tokenizers import store_tokenizer
+    from pipeline.storage import absolute, check_reachable
+    from pipeline.tokenizers import local_weights, store_tokenizer
     from stages.first_stage.import_export import import_tokenizer
 
-    tokenizer = import_tokenizer(local_copy(args.file), args.format)
-    return {"tokenizer": absolute(args.output), "fingerprint": store_tokenizer(tokenizer, absolute(args.output))}
+    output = absolute(args.output)
+    check_reachable("file", args.file)
+    check_reachable("output", output)
+    with local_weights(args.file) as file:
+        tokenizer = import_tokenizer(file, args.format)
+    return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute
-    from pipeline.tokenizers import open_tokenizer
-    from stages.first_stage.import_export import export_tokenizer
+    from pipeline.storage import absolute, check_reachable
+    from pipeline.tokenizers import open_tokenizer, store_export
 
-    tokenizer = open_tokenizer(absolute(args.tokenizer))
-    file = export_tokenizer(tokenizer, args.format, absolute(args.output))
+    path, output = absolute(args.tokenizer), absolute(args.output)
+    check_reachable("tokenizer", path)
+    check_reachable("output", output)
+    tokenizer = open_tokenizer(path)
+    file = store_export(tokenizer, args.format, output)
     return {"file": file, "fingerprint": tokenizer.fingerprint}
 
 
@@ -89,6 +111,10 @@ def run_tokenize(args: argparse.Namespace) -> Any:
     from pipeline.tokenize_images import TokenizeOptions, tokenize
 
     options = select(TokenizeOptions, checked_config(args))
+    if args.gc:
+        from pipeline.code_dataset.garbage import collect_garbage
+
+        return {"dataset": options.codes.path, "deleted": collect_garbage(options.codes.path)}
     with connected():
         return tokenize(options)
 
@@ -133,11 +159,25 @@ def run_nightly(args: argparse.Namespace) -> Any:
         return nightly(options)
 
 
-def run_verify(args: argparse.Namespace) -> Any:
-    from evaluation.verify import verify_artefact
+def run_inspect(args: argparse.Namespace) -> Any:
+    from pipeline.inspect_codes import inspect_codes, render_inspection, write_pictures
     from pipeline.storage import absolute
 
+    inspection = inspect_codes(absolute(args.path))
+    print(render_inspection(inspection))
+    files = []
+    if args.output:
+        tokenizer = args.tokenizer and absolute(args.tokenizer)
+        files = write_pictures(inspection, tokenizer, absolute(args.output))
+    return {**inspection.to_summary(), "files": files}
+
+
+def run_verify(args: argparse.Namespace) -> Any:
+    from evaluation.verify import verify_artefact
+    from pipeline.storage import absolute, check_reachable
+
     path = absolute(args.path)
+    check_reachable("PATH", path)
     return _verdict(path, verify_artefact(path))
 
 
@@ -212,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     exporter.add_argument("tokenizer", help="folder of a tokenizer")
     exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
     exporter.add_argument("--output", required=True, help="folder for the weights")
-    configured(
+    tokenize = configured(
         add(
             "tokenize",
             run_tokenize,
@@ -220,6 +260,16 @@ def build_parser() -> argparse.ArgumentParser:
             "-c configs/demo.yaml codes.path=s3://bucket/codes",
         )
     )
+    tokenize.add_argument("--gc", action="store_true", help="only delete what dead attempts left in codes.path")
+    inspect = add(
+        "inspect",
+        run_inspect,
+        "Shows what a code dataset holds.",
+        "runs/codes --tokenizer runs/tokenizer --output runs/inspection",
+    )
+    inspect.add_argument("path", help="folder of a code dataset")
+    inspect.add_argument("--tokenizer", metavar="PATH", help="decodes rows for the picture; needs --output")
+    inspect.add_argument("--output", metavar="DIR", help="folder for codebook.csv and, with --tokenizer, rows.png")
     verify = add("verify", run_verify, "Checks any artefact to the last byte.", "runs/codes")
     verify.add_argument("path", help="tokenizer, code dataset, run, checkpoint or evaluation record")
     configured(

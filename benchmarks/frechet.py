@@ -3,6 +3,11 @@
 python benchmarks/frechet.py [--dim 2048] [--num-samples 4000] [--repeats 3]
 """
 
+import sys
+
+if not __package__:  # run as a file: this folder would hide Python's own module `tokenize`
+    sys.path[0] = sys.path[0].rpartition("/")[0]
+
 import argparse
 import statistics
 import time

@@ -12,6 +12,8 @@ import os
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +67,17 @@ def checkpoint_path(run_path: str, step: int, attempt: str) -> str:
 
 
 def file_entry(path: str, name: str) -> dict[str, Any]:
-    """Size and hash of one local file, under the name the commit lists it by."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return {"path": name, "bytes": os.path.getsize(path), "xxh3_128": digest.hexdigest()}
+    """Size and hash of one file, under the name the commit lists it by. Raises FileNotFoundError."""
+    return data_entry(storage.read_chunks(path), name)
+
+
+def data_entry(chunks: Iterable[bytes], name: str) -> dict[str, Any]:
+    """Like `file_entry`, of a file's contents."""
+    digest, num_bytes = xxhash.xxh3_128(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return {"path": name, "bytes": num_bytes, "xxh3_128": digest.hexdigest()}
 
 
 def sync_file(path: str) -> None:
@@ -103,14 +110,19 @@ def open_commit(folder: str) -> Commit:
     Raises:
         ArtefactError: there is none, or it is not one.
     """
-    path = storage.join(folder, COMMIT)
     try:
-        data = storage.read_bytes(path)
-        content = json.loads(data)
+        return _read_commit(folder)
     except FileNotFoundError:
         raise ArtefactError(
             f"checkpoint is {folder}, but there is no {COMMIT} in it. Name a committed checkpoint."
         ) from None
+
+
+def _read_commit(folder: str) -> Commit:
+    path = storage.join(folder, COMMIT)
+    try:
+        data = storage.read_bytes(path)
+        content = json.loads(data)
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Use an older checkpoint.") from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
@@ -125,10 +137,11 @@ def commit_problems(commit: Commit) -> list[str]:
     problems = []
     for entry in commit.content["files"]:
         path = storage.join(commit.path, entry["path"])
-        if not storage.exists(path):
+        try:
+            found = file_entry(path, entry["path"])
+        except FileNotFoundError:
             problems.append(f"{path} is missing")
             continue
-        found = file_entry(storage.local_copy(path), entry["path"])
         if found != entry:
             problems.append(
                 f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}"
@@ -138,11 +151,13 @@ def commit_problems(commit: Commit) -> list[str]:
 
 def list_commits(run_path: str) -> list[Commit]:
     """Every committed checkpoint of a run in order of step, files unchecked."""
-    paths = storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT)
-    return sorted(
-        (open_commit(path[: -len(COMMIT) - 1]) for path in paths),
-        key=lambda commit: (commit.step, commit.content["created_at"]),
-    )
+    commits = []
+    for path in storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT):
+        try:
+            commits.append(_read_commit(path[: -len(COMMIT) - 1]))
+        except FileNotFoundError:  # pruned by the training job since it was listed
+            pass
+    return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
 
 
 def latest_commit(run_path: str) -> Commit | None:
@@ -175,17 +190,23 @@ def resolve_checkpoint(checkpoint: str, run_path: str) -> Commit:
     return commit
 
 
-def local_folder(commit: Commit) -> str:
-    """A local folder with the checkpoint's files: its own, or a fresh download."""
+@contextmanager
+def local_folder(commit: Commit, names: Iterable[str] | None = None) -> Iterator[str]:
+    """A local folder with the checkpoint's files: its own, or a download that is removed afterwards.
+
+    Args:
+        commit: the checkpoint.
+        names: the files needed, as the commit lists them; all if not given.
+    """
     if storage.is_local(commit.path):
-        return commit.path
-    folder = tempfile.mkdtemp(prefix="tessera-checkpoint-")
-    for entry in commit.content["files"]:
-        target = os.path.join(folder, entry["path"])
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "wb") as file:
-            file.write(storage.read_bytes(storage.join(commit.path, entry["path"])))
-    return folder
+        yield commit.path
+        return
+    with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as folder:
+        for name in [entry["path"] for entry in commit.content["files"]] if names is None else names:
+            target = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            storage.download(storage.join(commit.path, name), target)
+        yield folder
 
 
 def prune(run_path: str, keep: int) -> None:

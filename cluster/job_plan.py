@@ -5,6 +5,7 @@ from typing import Any
 
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
+from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.tokenizer import tokenizer_config
@@ -45,7 +46,7 @@ def derive(config: Config, num_images: int, num_classes: int) -> dict[str, dict[
     """Derived numbers by group, for people to read and programs to use. Bytes, counts and FLOP are plain numbers."""
     tokenizer = tokenizer_config(config.tokenizer, config.images)
     side = config.images.size // tokenizer.downsample
-    num_codes, num_views = side * side, len(config.images.views)
+    num_codes, num_views = side * side, len(expand_views(config.images.views))
     transformer = transformer_config(
         config.model,
         config.conditioning,

@@ -12,13 +12,8 @@ from stages.errors import TesseraError
 
 logger = logging.getLogger(__name__)
 
-# Processes that train or encode allocate and free the same large tensors every step. Telling glibc to keep those pages instead of
-# returning them to the kernel roughly halves the time of such a step on CPU.
-WORKER_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-}
+# Ray's default of one minute is too short where machines are still being started.
+WORKER_ENVIRONMENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 
 def has_cluster() -> bool:

@@ -13,6 +13,7 @@ from cluster.runtime import user_errors
 from cluster.sampler_actor import SamplerActor
 from pipeline import storage
 from pipeline.grids import grid_png
+from pipeline.progress import Progress
 from stages.config import to_yaml
 from stages.options import RunOptions, SamplingOptions, TokenizerOptions
 
@@ -48,12 +49,13 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     size = options.sampling.group_size
     num_samples = options.sampling.num_samples
     images, codes = [], []
+    progress = Progress("samples", num_samples, logger)
     with user_errors():
         labels = ray.get(actor.labels.remote(0, num_samples))
         for start in range(0, num_samples, size):
             codes.append(ray.get(actor.codes.remote(start, start + size)))
             images.append(ray.get(actor.decode.remote(codes[-1])))
-            logger.info("Drew %d of %d samples", min(start + size, num_samples), num_samples)
+            progress.advance(min(size, num_samples - start))
     # Whole groups were drawn and decoded; what lies beyond the number asked for is cut.
     all_images, all_codes = np.concatenate(images)[:num_samples], np.concatenate(codes)[:num_samples]
     buffer = io.BytesIO()

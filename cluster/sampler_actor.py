@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from cluster import checkpoints
 from cluster.train_loop import WEIGHTS
+from pipeline.binding import check_tokenizer
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build
-from stages.errors import ArtefactError
 from stages.first_stage.pixels import to_uint8
+from stages.memory import keep_freed_memory
 from stages.options import SamplingOptions
 from stages.second_stage.sampling import sample_codes, sample_labels
 from stages.second_stage.transformer import Transformer, TransformerConfig, nll
@@ -20,7 +21,8 @@ from stages.second_stage.transformer import Transformer, TransformerConfig, nll
 def load_transformer(commit: checkpoints.Commit) -> Transformer:
     """The transformer of a checkpoint in float32, in eval mode."""
     model = Transformer(build(TransformerConfig, commit.content["transformer"]))
-    weights = load_file(os.path.join(checkpoints.local_folder(commit), WEIGHTS))
+    with checkpoints.local_folder(commit, [WEIGHTS]) as folder:
+        weights = load_file(os.path.join(folder, WEIGHTS))
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval().requires_grad_(False)
 
@@ -35,21 +37,17 @@ class SamplerActor:
         num_threads: torch threads; results are promised equal for equal numbers of threads.
 
     Raises:
-        ArtefactError: the tokenizer is not the checkpoint's.
+        ArtefactError: the tokenizer is not the checkpoint's, or works otherwise on this machine.
     """
 
     def __init__(self, checkpoint_path: str, tokenizer_path: str, sampling: SamplingOptions, num_threads: int = 1):
+        keep_freed_memory()
         torch.set_num_threads(num_threads)
         commit = checkpoints.open_commit(checkpoint_path)
-        self.tokenizer = open_tokenizer(tokenizer_path)
-        if self.tokenizer.fingerprint != commit.tokenizer_fingerprint:
-            raise ArtefactError(
-                f"tokenizer.path is {tokenizer_path} with fingerprint {self.tokenizer.fingerprint}, but {checkpoint_path} was trained on "
-                f"codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
-            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
+        check_tokenizer(tokenizer_path, self.tokenizer, commit.content["encoding"], f"checkpoint {checkpoint_path}")
         self.model = load_transformer(commit).to(self.device)
-        self.tokenizer.to(self.device)
         self.sampling = sampling
 
     def labels(self, start: int, stop: int) -> np.ndarray:

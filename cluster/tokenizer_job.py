@@ -15,9 +15,9 @@ from cluster import checkpoints
 from cluster.tokenizer_loop import STATE, TokenizerJobOptions, tokenizer_worker, training_path
 from cluster.worker_group import check_workers_fit, run_workers
 from pipeline import storage
-from pipeline.images import apply_view
 from pipeline.sources import open_source
 from pipeline.tokenizers import store_tokenizer, tokenizer_fingerprint
+from pipeline.views import apply_view
 from stages.config import to_dict, to_yaml
 from stages.errors import ArtefactError, BadImage, ConfigError
 from stages.first_stage.artefact import CONFIG
@@ -48,6 +48,7 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
 
     Raises:
         ConfigError: options that cannot work, or a folder that holds a tokenizer trained with others.
+        TesseraError: the store of the tokenizer lets two writers of one key both win.
     """
     config = tokenizer_config(options.tokenizer, options.images)
     build_discriminator(options.tokenizer_train, options.images.channels, options.images.size)
@@ -59,6 +60,7 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
         if latest is None or latest.content["num_seen"] < options.tokenizer_train.num_samples:
             check_workers_fit(options.scaling, needs_data_cpu=True)
             dataset = image_dataset(options.source, options.images)
+            storage.check_conditional_put(run_path)
             storage.put_if_absent(storage.join(run_path, "config.yaml"), to_yaml(options).encode())
             logger.info(
                 "Training a tokenizer with %d levels on %s", len(config.channel_multipliers), options.source.name

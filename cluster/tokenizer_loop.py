@@ -19,6 +19,7 @@ from stages.first_stage.pixels import to_float
 from stages.first_stage.quantizer import usage
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
 from stages.first_stage.training import FirstStageTrainer, build_discriminator
+from stages.memory import keep_freed_memory
 from stages.options import (
     ImageOptions,
     RunOptions,
@@ -53,6 +54,7 @@ def training_path(tokenizer_path: str) -> str:
 
 def tokenizer_worker(options: TokenizerJobOptions, num_threads: int) -> None:
     """Trains on this rank's shard of the images until the job has seen `num_samples`, committing as it goes."""
+    keep_freed_memory()
     torch.set_num_threads(num_threads)
     train, run_path = options.tokenizer_train, training_path(options.tokenizer.path)
     trainer = _build_trainer(options)
@@ -207,7 +209,6 @@ class _Log:
             torch.save(self.trainer.state_dict(), buffer)
             path = checkpoints.checkpoint_path(self.run_path, step, self.attempt)
             storage.put_if_absent(storage.join(path, STATE), buffer.getvalue())
-            entry = checkpoints.file_entry(storage.local_copy(storage.join(path, STATE)), STATE)
             last = self.lines[-1] if self.lines else {}
             content = {
                 "step": step,
@@ -216,7 +217,7 @@ class _Log:
                 "codebook_usage": last.get("codebook_usage", 0.0),
                 "codebook_perplexity": last.get("codebook_perplexity", 0.0),
                 "log": self.lines,
-                "files": [entry],
+                "files": [checkpoints.data_entry([buffer.getvalue()], STATE)],
             }
             checkpoints.write_commit(path, content)
             checkpoints.prune(self.run_path, keep=2)

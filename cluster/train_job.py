@@ -8,10 +8,10 @@ from cluster import checkpoints
 from cluster.train_loop import TrainJobOptions, check_resumable, dataset_transformer_config, train_worker
 from cluster.worker_group import check_workers_fit, run_workers
 from pipeline import storage
-from pipeline.code_dataset import CodeDataset
-from pipeline.tokenizers import tokenizer_fingerprint
+from pipeline.binding import check_dataset
+from pipeline.loader import open_dataset
 from stages.config import to_yaml
-from stages.errors import ArtefactError, ConfigError
+from stages.errors import ConfigError
 from stages.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,14 @@ def train(options: TrainJobOptions) -> TrainSummary:
     """Trains the transformer to `train.num_steps`, from the run's last commit if it has one. Ray must be connected.
 
     Raises:
-        ConfigError: a batch that does not divide, or workers that the cluster cannot hold.
-        ArtefactError: the code dataset is missing or damaged, or the run belongs to other artefacts.
+        ConfigError: a batch that does not divide, workers that the cluster cannot hold, or other image options than the codes'.
+        ArtefactError: the code dataset is missing or damaged, the tokenizer is not the one that made it, or the run belongs to
+            other artefacts.
+        TesseraError: the store of the run lets two writers of one key both win.
     """
     check_batch(options.train, options.scaling.num_workers)
-    dataset = CodeDataset.open(options.codes.path, verify=options.codes.verify_on_open)
-    check_tokenizer(options.tokenizer.path, dataset)
+    dataset = open_dataset(options.codes, verify=options.codes.verify_on_open)
+    check_dataset(dataset, options.tokenizer.path, options.images)
     config = dataset_transformer_config(options, dataset)
     latest = checkpoints.latest_commit(options.run.path)
     if latest is not None:
@@ -46,6 +48,7 @@ def train(options: TrainJobOptions) -> TrainSummary:
             logger.info("%s has step %d already", options.run.path, latest.step)
             return _summary(options.run.path, latest)
     check_workers_fit(options.scaling, needs_data_cpu=False)
+    storage.check_conditional_put(options.run.path)
     storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
     run_workers(train_worker, options, options.scaling, storage.join(options.run.path, "ray"))
     latest = checkpoints.latest_commit(options.run.path)
@@ -62,16 +65,6 @@ def check_batch(train: TrainOptions, num_workers: int) -> None:
             f"train.global_batch_size is {train.global_batch_size}, but it must be a multiple of scaling.num_workers * "
             f"train.micro_batch_size = {num_workers} * {train.micro_batch_size} = {unit}. Use {nearest}, or change "
             f"train.micro_batch_size."
-        )
-
-
-def check_tokenizer(path: str, dataset: CodeDataset) -> None:
-    """Refuses a tokenizer other than the one that wrote the codes."""
-    found = tokenizer_fingerprint(path)
-    if found != dataset.tokenizer_fingerprint:
-        raise ArtefactError(
-            f"tokenizer.path is {path} with fingerprint {found}, but the code dataset {dataset.path} was written by tokenizer "
-            f"{dataset.tokenizer_fingerprint}. Name that tokenizer, or another codes.path."
         )
 
 

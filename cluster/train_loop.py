@@ -21,15 +21,17 @@ from safetensors.torch import save_file
 from cluster import checkpoints, run_log
 from cluster.deepspeed_engine import build_engine, gather_weights, set_learning_rate
 from pipeline import storage
+from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
-from pipeline.loader import CodeLoader, MicroBatch
-from pipeline.order import SampleOrder
+from pipeline.loader import CodeLoader, LoadedStep, dataset_order, open_dataset
 from stages.config import to_dict
 from stages.errors import ArtefactError, TesseraError
+from stages.memory import keep_freed_memory
 from stages.options import (
     CodesOptions,
     ConditioningOptions,
     DeepSpeedOptions,
+    ImageOptions,
     ModelOptions,
     OptimOptions,
     RunOptions,
@@ -50,6 +52,7 @@ class TrainJobOptions:
     """The sections that `train` takes."""
 
     run: RunOptions
+    images: ImageOptions
     tokenizer: TokenizerOptions
     codes: CodesOptions
     model: ModelOptions
@@ -73,6 +76,7 @@ def dataset_transformer_config(options: TrainJobOptions, dataset: CodeDataset) -
 
 def train_worker(options: TrainJobOptions, num_threads: int) -> None:
     """Trains from the run's latest commit, or from the start, to `train.num_steps`. Runs on every rank of a process group."""
+    keep_freed_memory()
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(options.train.deterministic)
     worker = _Worker(options)
@@ -86,14 +90,13 @@ class _Worker:
     def __init__(self, options: TrainJobOptions):
         self.options = options
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dataset = CodeDataset.open(options.codes.path, verify=False)
+        self.dataset = open_dataset(options.codes, verify=False)
         self.config = dataset_transformer_config(options, self.dataset)
-        order = SampleOrder(
-            num_images=self.dataset.num_images,
-            num_views=self.dataset.num_views,
+        order = dataset_order(
+            self.dataset,
             seed=options.run.seed,
             global_batch_size=options.train.global_batch_size,
-            root_hash=self.dataset.root_hash,
+            window_groups=options.train.shuffle_window,
         )
         self.loader = CodeLoader(
             self.dataset,
@@ -118,8 +121,8 @@ class _Worker:
             return
         commit = checkpoints.open_commit(path)
         check_resumable(commit, self.options, self.dataset, self.config, self.world_size)
-        folder = checkpoints.local_folder(commit)
-        loaded, _ = self.engine.load_checkpoint(folder, tag=OPTIMIZER_TAG)
+        with checkpoints.local_folder(commit) as folder:
+            loaded, _ = self.engine.load_checkpoint(folder, tag=OPTIMIZER_TAG)
         if loaded is None:
             raise ArtefactError(
                 f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint."
@@ -132,35 +135,34 @@ class _Worker:
         train = self.options.train
         started, first_step = time.monotonic(), self.step
         self.engine.train()
-        for step, micro_batches in self.loader.iterate(self.step, train.num_steps):
-            self.records.append(self._train_step(step, micro_batches))
-            self.step = step + 1
+        for loaded in self.loader.iterate(self.step, train.num_steps):
+            self.records.append(self._train_step(loaded))
+            self.step = loaded.step + 1
             if self.rank == 0 and (self.step % train.log_every_steps == 0 or self.step == train.num_steps):
                 self._log_progress(time.monotonic() - started, self.step - first_step)
             if self.step % train.checkpoint_every_steps == 0 or self.step == train.num_steps:
                 self._commit()
 
-    def _train_step(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, Any]:
-        options, engine = self.options, self.engine
+    def _train_step(self, loaded: LoadedStep) -> dict[str, Any]:
+        options, engine, step = self.options, self.engine, loaded.step
         learning_rate = set_learning_rate(engine, options.optim, step, options.train.num_steps)
         torch.manual_seed(_step_seed(options.run.seed, step, self.rank))
-        num_valid = self.loader.num_valid(step)
         # DeepSpeed averages over ranks and micro batches; undoing that makes the gradient the mean over valid codes.
-        scale = len(micro_batches) * self.world_size / (num_valid * self.dataset.num_codes)
+        num_codes = loaded.num_valid * self.dataset.num_codes
+        scale = len(loaded.micro_batches) * self.world_size / num_codes
         total = torch.zeros((), dtype=torch.float64)
-        for batch in micro_batches:
+        for batch in loaded.micro_batches:
             codes, labels, valid = (tensor.to(engine.device) for tensor in (batch.codes, batch.labels, batch.valid))
             loss = (nll(engine(codes, labels), codes) * valid).sum()
             engine.backward(loss * scale)
             engine.step()
             total += loss.detach().double().cpu()
-        digest = self.loader.digest(step)
         # One collective carries the loss and, in two halves that float64 holds exactly, every rank's digest.
-        values = [total.item(), float(digest >> 32), float(digest & 0xFFFFFFFF)]
+        values = [total.item(), float(loaded.digest >> 32), float(loaded.digest & 0xFFFFFFFF)]
         message = torch.tensor(values, dtype=torch.float64, device=engine.device)
         gathered = [torch.empty_like(message) for _ in range(self.world_size)]
         dist.all_gather(gathered, message)
-        loss_value = sum(g[0].item() for g in gathered) / (num_valid * self.dataset.num_codes)
+        loss_value = sum(g[0].item() for g in gathered) / num_codes
         if not math.isfinite(loss_value):
             raise TesseraError(
                 f"The loss of step {step} is {loss_value}, but it must be finite. Lower optim.learning_rate, or use train.precision=fp32; "
@@ -190,7 +192,8 @@ class _Worker:
         )
 
     def _commit(self) -> None:
-        """Every rank saves its part, all meet, rank 0 commits."""
+        """Every rank saves its part, all meet, rank 0 commits. Not before all rows that were trained on are checked."""
+        self.loader.settle()
         run_path = self.options.run.path
         path = checkpoints.checkpoint_path(run_path, self.step, self.attempt)
         is_local = storage.is_local(path)
@@ -240,6 +243,7 @@ class _Worker:
             "codes_path": options.codes.path,
             "root_hash": self.dataset.root_hash,
             "tokenizer_fingerprint": self.dataset.tokenizer_fingerprint,
+            "encoding": encoding_of(self.dataset.manifest),
             "world_size": self.world_size,
             "zero_stage": options.deepspeed.zero_stage,
             "precision": options.train.precision,
@@ -247,6 +251,7 @@ class _Worker:
                 "seed": options.run.seed,
                 "global_batch_size": options.train.global_batch_size,
                 "step": self.step,
+                "window": options.train.shuffle_window,
             },
             "transformer": to_dict(self.config),
             "options": to_dict(options),
@@ -278,6 +283,7 @@ def check_resumable(
             content["sampler"]["global_batch_size"],
             options.train.global_batch_size,
         ),
+        ("train.shuffle_window", "window", content["sampler"]["window"], options.train.shuffle_window),
         ("deepspeed.zero_stage", "ZeRO stage", content["zero_stage"], options.deepspeed.zero_stage),
         ("train.precision", "precision", content["precision"], options.train.precision),
         ("scaling.num_workers", "world size", content["world_size"], world_size),

@@ -4,6 +4,7 @@ import numpy as np
 
 from cluster import checkpoints, run_log
 from pipeline.code_dataset import CodeDataset
+from pipeline.loader import dataset_order
 from pipeline.order import SampleOrder, rows_digest
 from stages.errors import ArtefactError
 
@@ -32,12 +33,11 @@ def _log_problems(run_path: str, commit: checkpoints.Commit) -> list[str]:
     if run_log.chain(run_log.EMPTY_HASH, records) != commit.content["sample_log_hash"]:
         return [f"The log of {run_path} does not give the sample-log hash of {commit.path}"]
     sampler = commit.content["sampler"]
-    order = SampleOrder(
-        num_images=dataset.num_images,
-        num_views=dataset.num_views,
+    order = dataset_order(
+        dataset,
         seed=sampler["seed"],
         global_batch_size=sampler["global_batch_size"],
-        root_hash=dataset.root_hash,
+        window_groups=sampler["window"],
     )
     return [
         f"Step {record['step']} of {run_path} consumed other rows than its code dataset prescribes"

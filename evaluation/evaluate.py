@@ -20,6 +20,8 @@ from evaluation.extractors import Extractor, distance_name, open_extractor
 from evaluation.hashing import canonical_hash
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.reference import choose_images, images_identity, reference_key
+from pipeline import storage
+from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
@@ -83,7 +85,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
     Raises:
         ArtefactError: checkpoint, code dataset and tokenizer do not belong together, or one is missing or damaged.
         ConfigError: no such extractor or source, no held-out images, or too few samples for the error bars.
-        TesseraError: actors keep dying, or images cannot be read.
+        TesseraError: actors keep dying, images cannot be read, or the store lets two writers of one key both win.
     """
     begin = time.monotonic()
     preparation = prepare(options)
@@ -92,6 +94,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
     if present is not None:
         logger.info("This evaluation has been made before: %s", present.path)
         return present
+    storage.check_conditional_put(options.evaluation.path)
     measurement = measure(preparation.assignment, progress)
     reference = measurement.reference
     content = {
@@ -253,7 +256,7 @@ def check_binding(
 
     Raises:
         ArtefactError: naming both sides.
-        ConfigError: the images are of another size than the code dataset's.
+        ConfigError: the images are prepared otherwise than the code dataset's.
     """
     if dataset.root_hash != commit.root_hash:
         raise ArtefactError(
@@ -265,11 +268,7 @@ def check_binding(
             f"tokenizer.path is {options.tokenizer.path} with fingerprint {tokenizer.fingerprint}, but checkpoint "
             f"{commit.path} was trained on codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
         )
-    if tuple(tokenizer.grid(options.images.size)) != tuple(dataset.grid):
-        raise ConfigError(
-            f"images.size is {options.images.size}, which gives {tokenizer.grid(options.images.size)} codes, but the "
-            f"code dataset has {dataset.grid} per image. Set images as they were for tokenize."
-        )
+    check_preprocessing(options.images, dataset)
     if source.class_names and dataset.class_names and tuple(source.class_names) != tuple(dataset.class_names):
         raise ArtefactError(
             f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "

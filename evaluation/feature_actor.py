@@ -9,12 +9,13 @@ import torch
 
 from evaluation.extractors import open_extractor
 from evaluation.tally import RealImages
-from pipeline.images import apply_view
 from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
+from pipeline.views import apply_view
 from stages.errors import BadImage, TesseraError
 from stages.first_stage.pixels import to_float, to_uint8
+from stages.memory import keep_freed_memory
 from stages.options import EvaluationOptions, ImageOptions
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class FeatureActor:
         tokenizer_path: str,
         num_threads: int = 1,
     ):
+        keep_freed_memory()
         torch.set_num_threads(num_threads)
         self.source = source
         self.images = images

@@ -18,7 +18,7 @@ from evaluation.frechet import Reference
 from evaluation.hashing import canonical_hash
 from evaluation.statistics import GaussianStatistics
 from pipeline import storage
-from pipeline.images import preprocessing_spec
+from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
 

@@ -1,17 +1,14 @@
-"""Image operations: decoding, conversion, crops and views. Pillow throughout; resizing is antialiased."""
+"""Decoding: encoded bytes, whatever people store, to upright grey or RGB pixels. Pillow throughout."""
 
 import io
 import struct
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from stages.errors import BadImage
-from stages.options import ImageOptions
 
-MAX_PIXELS = 178_956_970  # of an image resized before its crop; where Pillow refuses to decode, too
 # Only formats decoded in this process: Pillow would hand others, such as EPS, to external programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What decoders raise on damaged data.
@@ -26,7 +23,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PREPROCESSING_VERSION = 1
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -74,54 +70,3 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
-
-
-def center_crop(image: np.ndarray, options: ImageOptions) -> np.ndarray:
-    """Shorter side to `size` (bicubic, antialiased), then the middle square, in the wanted number of channels.
-
-    Args:
-        image: uint8 (H, W, 1) or (H, W, 3).
-
-    Returns:
-        uint8 (size, size, channels).
-
-    Raises:
-        BadImage: too-small (a side of zero pixels), or decompression-bomb (so long that it would not fit when resized).
-    """
-    if 0 in image.shape[:2]:
-        raise BadImage("too-small", f"the image has {image.shape[1]} x {image.shape[0]} pixels")
-    pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    pil = pil.convert("L" if options.channels == 1 else "RGB")
-    size, (w, h) = options.size, pil.size
-    scale = size / min(w, h)
-    w, h = max(size, round(w * scale)), max(size, round(h * scale))
-    if w * h > MAX_PIXELS:
-        raise BadImage("decompression-bomb", f"{pil.width} x {pil.height} pixels would be resized to {w} x {h}")
-    if (w, h) != pil.size:
-        pil = pil.resize((w, h), Image.Resampling.BICUBIC)
-    x, y = (w - size) // 2, (h - size) // 2
-    return np.asarray(pil.crop((x, y, x + size, y + size))).reshape(size, size, options.channels)
-
-
-def _flip(image: np.ndarray, options: ImageOptions) -> np.ndarray:
-    return np.ascontiguousarray(center_crop(image, options)[:, ::-1])
-
-
-VIEWS: dict[str, Callable[[np.ndarray, ImageOptions], np.ndarray]] = {"center": center_crop, "flip": _flip}
-
-
-def apply_view(image: np.ndarray, view: str, options: ImageOptions) -> np.ndarray:
-    """One precomputed augmentation of an image, uint8 (size, size, channels)."""
-    return VIEWS[view](image, options)
-
-
-def preprocessing_spec(options: ImageOptions) -> dict[str, object]:
-    """What happens to pixels before the tokenizer, as it enters the identity of a code dataset."""
-    return {
-        "version": PREPROCESSING_VERSION,
-        "size": options.size,
-        "channels": options.channels,
-        "crop": options.crop,
-        "resize": "pillow-bicubic-antialias",
-        "scaling": "x/127.5-1",
-    }

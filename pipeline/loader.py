@@ -1,7 +1,8 @@
 """One rank's share of the sample order as ready tensors, read ahead by one thread."""
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline.code_dataset import CodeDataset
-from pipeline.order import SampleOrder, rows_digest, slice_for_rank
+from pipeline.order import SampleOrder, Window, rows_digest, slice_for_rank
+from stages.options import CodesOptions
+
+READ_AHEAD_STEPS = 2  # steps whose tensors are ready
+FETCH_AHEAD_STEPS = 32  # steps whose row groups are on their way, where they come from S3
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,50 @@ class MicroBatch:
     codes: Tensor
     labels: Tensor
     valid: Tensor
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """One rank's share of a step.
+
+    Attributes:
+        step: counted from 0 over all epochs.
+        micro_batches: equally many of equal shape on every rank.
+        num_valid: rows of the global batch that count.
+        digest: of the rows this rank consumes; the ranks' digests add up to the global batch's modulo 2^64.
+    """
+
+    step: int
+    micro_batches: list[MicroBatch]
+    num_valid: int
+    digest: int
+
+
+def open_dataset(options: CodesOptions, *, verify: bool) -> CodeDataset:
+    """The dataset of a configuration. Raises ArtefactError like `CodeDataset.open`."""
+    return CodeDataset.open(
+        options.path, verify=verify, cache_folder=options.cache_path, cache_bytes=options.cache_bytes
+    )
+
+
+def dataset_order(dataset: CodeDataset, *, seed: int, global_batch_size: int, window_groups: int | None) -> SampleOrder:
+    """The order of a run on a dataset.
+
+    Args:
+        dataset: the code dataset.
+        seed: of the run.
+        global_batch_size: rows per step over all ranks.
+        window_groups: row groups that are shuffled together; None shuffles the whole dataset.
+    """
+    window = None if window_groups is None else Window(dataset.images_per_group, window_groups)
+    return SampleOrder(
+        num_images=dataset.num_images,
+        num_views=dataset.num_views,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        root_hash=dataset.root_hash,
+        window=window,
+    )
 
 
 class CodeLoader:
@@ -49,37 +98,49 @@ class CodeLoader:
         largest = -(-order.global_batch_size // world_size)
         self._num_micro_batches = -(-largest // micro_batch_size)  # the same on every rank: collectives must match
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro batches of one step."""
+    def load(self, step: int) -> LoadedStep:
+        """This rank's share of one step. New row groups are checked beside the caller; see `settle`.
+
+        Raises:
+            ArtefactError: a file of the dataset is missing, or one that was read before turned out to be damaged.
+        """
         batch = self.order.batch(step)
-        rows, valid = self._padded(batch.rows[self._slice], 0), self._padded(batch.valid[self._slice], False)
-        is_dropped = self._padded(self.order.draws(step)[self._slice] < self.cond_drop_prob, False)
-        codes = torch.from_numpy(self.dataset.codes(rows))
-        labels = torch.from_numpy(np.where(is_dropped, -1, self.dataset.labels(rows)))
-        split = zip(*(tensor.split(self.micro_batch_size) for tensor in (codes, labels, torch.from_numpy(valid))))
-        return [MicroBatch(*tensors) for tensors in split]
+        rows, valid, draws = batch.rows[self._slice], batch.valid[self._slice], batch.draws[self._slice]
+        positions = np.arange(self._slice.start, self._slice.stop)
+        padded_rows, padded_valid = self._padded(rows, 0), self._padded(valid, False)
+        is_dropped = self._padded(draws < self.cond_drop_prob, False)
+        codes = torch.from_numpy(self.dataset.codes(padded_rows, wait=False).astype(np.int64))
+        labels = torch.from_numpy(np.where(is_dropped, -1, self.dataset.labels(padded_rows, wait=False)))
+        split = zip(*(t.split(self.micro_batch_size) for t in (codes, labels, torch.from_numpy(padded_valid))))
+        return LoadedStep(
+            step=step,
+            micro_batches=[MicroBatch(*tensors) for tensors in split],
+            num_valid=self.order.num_valid(step),
+            digest=rows_digest(step, positions[valid], rows[valid]),
+        )
 
     def _padded(self, values: np.ndarray, fill: int | bool) -> np.ndarray:
         missing = self._num_micro_batches * self.micro_batch_size - len(values)
         return np.concatenate([values, np.full(missing, fill, values.dtype)])
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """(step, micro batches) of the steps [start_step, stop_step); the next step is read while the caller computes."""
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[LoadedStep]:
+        """The steps [start_step, stop_step) in order; the next ones are read while the caller computes."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="code-loader") as reader:
-            ahead = reader.submit(self.micro_batches, start_step) if start_step < stop_step else None
+            ahead: deque[Future[LoadedStep]] = deque()
             for step in range(start_step, stop_step):
-                assert ahead is not None
-                current = ahead.result()
-                ahead = reader.submit(self.micro_batches, step + 1) if step + 1 < stop_step else None
-                yield step, current
+                for coming in range(step + len(ahead), min(step + READ_AHEAD_STEPS + 1, stop_step)):
+                    ahead.append(reader.submit(self.load, coming))
+                if self.dataset.is_remote and step + FETCH_AHEAD_STEPS < stop_step:
+                    reader.submit(self._fetch_ahead, step + FETCH_AHEAD_STEPS)
+                yield ahead.popleft().result()
 
-    def num_valid(self, step: int) -> int:
-        """Rows of the global batch that count."""
-        return self.order.num_valid(step)
+    def _fetch_ahead(self, step: int) -> None:
+        self.dataset.prefetch(self.order.batch(step).rows[self._slice])
 
-    def digest(self, step: int) -> int:
-        """Digest of the rows this rank consumes in a step; the ranks' digests add up to the global batch's."""
-        batch = self.order.batch(step)
-        positions = np.arange(self.order.global_batch_size)[self._slice]
-        counts = batch.valid[self._slice]
-        return rows_digest(step, positions[counts], batch.rows[self._slice][counts])
+    def settle(self) -> None:
+        """Waits until all that was read is checked. To be called before anything is made permanent.
+
+        Raises:
+            ArtefactError: a row group is damaged.
+        """
+        self.dataset.settle()

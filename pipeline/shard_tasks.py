@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,22 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, PartRows
+from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
-from pipeline.images import apply_view
-from pipeline.sources import Source
+from pipeline.encoding import encode_views, machine, prepare_encoder
+from pipeline.probe import check_probe
+from pipeline.sources import Example, Source
 from pipeline.tokenizers import open_tokenizer
+from pipeline.views import Crop, crop_of, render, render_map
 from stages.errors import ArtefactError, BadImage
-from stages.first_stage.pixels import to_float
-from stages.first_stage.tokenizer import Tokenizer
+from stages.memory import keep_freed_memory
 from stages.options import CodesOptions, ImageOptions
 
 logger = logging.getLogger(__name__)
 
 READ_ATTEMPTS = 4
 READ_RETRY_SECONDS = 1.0
+CROP_FLOATS = 5  # left, top, width, height, mirrored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +38,38 @@ class ShardJob:
     source: Source
     images: ImageOptions
     codes: CodesOptions
+    views: tuple[str, ...]
+    grid: tuple[int, int]
+    row_format: RowFormat
     plan_fingerprint: str
     plan_images: Any
     tokenizer_path: str
     tokenizer_fingerprint: str
+    probe: dict[str, Any]
+
+    @property
+    def decoded_schema(self) -> pa.Schema:
+        """Of a decoded shard: a row per image, null in `pixels`, `crops` and conditions where it cannot be used."""
+        num_views = len(self.views)
+        texts = [(name, pa.string()) for name in ("uri", "stage", "kind", "message", "sha256")]
+        numbers = [("shard", pa.int32()), ("image_id", pa.int64()), ("label", pa.int32())]
+        arrays = {
+            "pixels": num_views * self.images.size**2 * self.images.channels,
+            "crops": num_views * CROP_FLOATS * 4,
+            **{name: num_views * self.row_format.num_codes for name in self.row_format.conditions},
+        }
+        return pa.schema([*numbers, *texts, *((name, pa.binary(size)) for name, size in arrays.items())])
 
 
 def decode_shard(table: pa.Table, job: ShardJob) -> pa.Table:
-    """Reads and decodes one shard: a row per image, with the pixels of all its views or with what is wrong with it.
+    """Reads and decodes one shard.
 
     Args:
         table: one row with the shard's number.
         job: the job.
 
     Returns:
-        Columns shard, image_id, label, pixels (fixed-size binary, null for a bad image), and those of a quarantine row.
+        A row per image: with the pixels, crops and condition maps of all its views, or with what is wrong with it.
 
     Raises:
         OSError: storage kept failing.
@@ -57,27 +77,30 @@ def decode_shard(table: pa.Table, job: ShardJob) -> pa.Table:
     (shard,) = table["shard"].to_pylist()
     rows = ray.get(job.plan_images).filter(pc.field("shard") == shard)
     decoded = [_decode_image(row, job) for row in rows.select(["shard", "image_id", "uri", "label"]).to_pylist()]
-    return pa.Table.from_pylist(decoded, schema=_decoded_schema(job.images))
-
-
-def _decoded_schema(images: ImageOptions) -> pa.Schema:
-    num_bytes = len(images.views) * images.size**2 * images.channels
-    texts = [(name, pa.string()) for name in ("uri", "stage", "kind", "message", "sha256")]
-    numbers = [("shard", pa.int32()), ("image_id", pa.int64()), ("label", pa.int32())]
-    return pa.schema([*numbers, *texts, ("pixels", pa.binary(num_bytes))])
+    return pa.Table.from_pylist(decoded, schema=job.decoded_schema)
 
 
 def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     data, stage = b"", "fetch"
     try:
         data = fetch(job.source, row["uri"])
+        row = {**row, "sha256": hashlib.sha256(data).hexdigest()}
         stage = "decode"
-        image = job.source.decode(data).image
-        views = [apply_view(image, view, job.images) for view in job.images.views]
+        example = job.source.decode(data)
+        crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.views]
+        conditions = {name: _maps(example, name, crops, job.grid) for name in job.row_format.conditions}
     except BadImage as error:
         digest = hashlib.sha256(data).hexdigest()
         return {**row, "stage": stage, "kind": error.kind, "message": error.message, "sha256": digest}
-    return {**row, "pixels": np.stack(views).tobytes()}
+    pixels = np.stack([render(example.image, crop, job.images) for crop in crops])
+    boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
+    return {**row, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
+
+
+def _maps(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> bytes:
+    if name not in example.conditions:
+        raise BadImage("no-condition", f"the image has no {name}")
+    return np.stack([render_map(example.conditions[name], crop, grid) for crop in crops]).tobytes()
 
 
 def fetch(source: Source, uri: str) -> bytes:
@@ -104,64 +127,54 @@ class ShardEncoder:
     """Encodes, packs and commits one decoded shard per call. Uses the GPU that Ray gave it, if it gave one.
 
     Raises:
-        ArtefactError: this machine sees another tokenizer than the plan was made with.
+        ArtefactError: this machine sees another tokenizer than the plan was made with, or gives other codes.
     """
 
     def __init__(self, job: ShardJob):
         self.job = job
+        keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        self.tokenizer = open_tokenizer(job.tokenizer_path).to(self.device)
+        self.tokenizer = prepare_encoder(open_tokenizer(job.tokenizer_path), self.device)
         if self.tokenizer.fingerprint != job.tokenizer_fingerprint:
             raise ArtefactError(
                 f"tokenizer.path is {job.tokenizer_path} with fingerprint {self.tokenizer.fingerprint} here, but the plan "
                 f"was made with {job.tokenizer_fingerprint}. Let every machine see the same tokenizer."
             )
+        check_probe(self.tokenizer, job.codes, job.probe, job.codes.path)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (shard,) = set(table["shard"].to_pylist())
         good, bad = table.filter(pc.is_valid(table["pixels"])), table.filter(pc.is_null(table["pixels"]))
-        num_views = len(self.job.images.views)
-        views = _pixels(good, self.job.images)
-        rows = PartRows(
-            codes=encode_views(self.tokenizer, views, self.job.codes),
-            image_ids=good["image_id"].to_numpy().repeat(num_views),
-            views=np.tile(np.arange(num_views, dtype=np.int32), len(good)),
-            labels=good["label"].fill_null(-1).to_numpy().repeat(num_views) if self.job.source.class_names else None,
-        )
         commit_shard(
             self.job.codes.path,
             self.job.plan_fingerprint,
             shard,
-            rows=rows,
+            rows=self._rows(good),
             quarantined=bad.select(QUARANTINE_SCHEMA.names).to_pylist(),
-            codebook_size=self.tokenizer.codebook_size,
-            num_views=num_views,
+            row_format=self.job.row_format,
+            num_views=len(self.job.views),
+            encoder=machine(self.device),
         )
         return pa.table({"shard": pa.array([shard], pa.int32())})
 
+    def _rows(self, good: pa.Table) -> pa.Table:
+        job, n, num_views = self.job, len(good), len(self.job.views)
+        size, channels = job.images.size, job.images.channels
 
-def _pixels(table: pa.Table, images: ImageOptions) -> np.ndarray:
-    flat = np.frombuffer(b"".join(table["pixels"].to_pylist()), np.uint8)
-    return flat.reshape(-1, images.size, images.size, images.channels)
+        def per_view(name: str) -> np.ndarray:
+            width = job.decoded_schema.field(name).type.byte_width
+            return byte_rows(good[name], width).reshape(n * num_views, width // num_views)
 
-
-@torch.inference_mode()
-def encode_views(tokenizer: Tokenizer, views: np.ndarray, options: CodesOptions) -> np.ndarray:
-    """Codes of uint8 views (n, H, W, C), int64 (n, L), on the tokenizer's device.
-
-    Every call of the encoder has one shape, whatever n is: the last batch is filled with black, so that codes of an image
-    depend on its place in the shard and on nothing an attempt could change.
-    """
-    device = next(tokenizer.parameters()).device
-    size = options.encode_batch_size
-    h, w = tokenizer.grid(views.shape[1])
-    codes = [np.zeros((0, h * w), np.int64)]
-    for start in range(0, len(views), size):
-        part = views[start : start + size]
-        batch = np.zeros((size, *views.shape[1:]), np.uint8)
-        batch[: len(part)] = part
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.encode_precision == "bf16"):
-            encoded = tokenizer.encode(to_float(torch.from_numpy(batch).to(device)))
-        codes.append(encoded[: len(part)].cpu().numpy())
-    return np.concatenate(codes)
+        boxes = per_view("crops").view(np.float32)
+        hashes = [bytes.fromhex(digest) for digest in good["sha256"].to_pylist()]
+        return make_rows(
+            job.row_format,
+            codes=encode_views(self.tokenizer, per_view("pixels").reshape(-1, size, size, channels), job.codes),
+            image_ids=good["image_id"].to_numpy().repeat(num_views),
+            views=np.tile(np.arange(num_views), n),
+            crops=boxes[:, :4],
+            is_flipped=boxes[:, 4] > 0,
+            source_sha256=np.frombuffer(b"".join(hashes), np.uint8).reshape(n, 32).repeat(num_views, axis=0),
+            labels=good["label"].fill_null(-1).to_numpy().repeat(num_views) if job.row_format.has_labels else None,
+            conditions={name: per_view(name) for name in job.row_format.conditions},
+        )

@@ -2,24 +2,28 @@
 
 S3 goes through s3fs to whatever endpoint the standard AWS environment variables name. Nothing here renames on S3 or trusts
 an existence check before a write: `put_if_absent` is `link(2)` locally and a conditional PUT on S3, so exactly one writer
-wins.
+wins. What the S3 client raises becomes a StorageError that says what is wrong with the store; a missing file is a
+FileNotFoundError on either side.
 """
 
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from pipeline.s3_errors import S3, bucket_and_key, explained, on_store, response
 from stages.errors import TesseraError
 
-S3 = "s3://"
 TEMPORARY = ".tmp-"  # names of local files that are still being written; never listed
 CONFLICT_ATTEMPTS = 5
+CHUNK_BYTES = 16 << 20
 
 
 def is_local(path: str) -> bool:
@@ -29,7 +33,7 @@ def is_local(path: str) -> bool:
 
 def absolute(path: str) -> str:
     """A path that means the same in any working directory."""
-    return os.path.abspath(path) if is_local(path) else path.rstrip("/")
+    return os.path.abspath(path) if is_local(path) else S3 + path.removeprefix(S3).rstrip("/")
 
 
 def join(path: str, *parts: str) -> str:
@@ -37,16 +41,44 @@ def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def check_reachable(key: str, path: str) -> None:
+    """Refuses a path in a store that is not there or cannot be listed, before any work rests on it.
+
+    Args:
+        key: of the configuration, for the error.
+        path: local paths pass.
+
+    Raises:
+        StorageError: no such bucket, no access, or no answer.
+    """
+    if not is_local(path):
+        with explained(key, path):
+            bucket, prefix = bucket_and_key(path)
+            _fs().call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+
+
 def exists(path: str) -> bool:
-    """Whether a file is there."""
-    return os.path.isfile(path) if is_local(path) else _fs().isfile(path)
+    """Whether a file is there. Raises StorageError where that cannot be known."""
+    if is_local(path):
+        return os.path.isfile(path)
+    try:
+        return _info(path)["type"] == "file"
+    except FileNotFoundError:
+        return False
 
 
+@on_store
+def _info(path: str) -> dict[str, Any]:
+    return _fs().info(path)
+
+
+@on_store
 def size(path: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     return os.path.getsize(path) if is_local(path) else _fs().size(path)
 
 
+@on_store
 def read_bytes(path: str) -> bytes:
     """A whole file. Raises FileNotFoundError."""
     if is_local(path):
@@ -55,6 +87,7 @@ def read_bytes(path: str) -> bytes:
     return _fs().cat_file(path)
 
 
+@on_store
 def read_range(path: str, start: int, length: int) -> bytes:
     """`length` bytes from `start`, fewer where the file ends. Raises FileNotFoundError."""
     if is_local(path):
@@ -64,6 +97,21 @@ def read_range(path: str, start: int, length: int) -> bytes:
     return _fs().cat_file(path, start=start, end=start + length) if length else b""
 
 
+@contextmanager
+def open_read(path: str) -> Iterator[BinaryIO]:
+    """A file to read and seek in, for a `with` statement. Raises FileNotFoundError."""
+    with explained("path", path), open(path, "rb") if is_local(path) else _fs().open(path, "rb") as file:
+        yield file
+
+
+def read_chunks(path: str) -> Iterator[bytes]:
+    """A whole file piece by piece, so that it need not fit in memory. Raises FileNotFoundError."""
+    num_bytes = size(path)
+    for start in range(0, num_bytes, CHUNK_BYTES):
+        yield read_range(path, start, min(CHUNK_BYTES, num_bytes - start))
+
+
+@on_store
 def list_files(path: str, suffix: str = "") -> list[str]:
     """Every finished file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder."""
     if is_local(path):
@@ -76,6 +124,24 @@ def list_files(path: str, suffix: str = "") -> list[str]:
     return sorted(name for name in found if name.endswith(suffix) and not os.path.basename(name).startswith(TEMPORARY))
 
 
+def list_temporary_files(path: str, older_than: float) -> list[str]:
+    """Files below a folder that dead writers left unfinished before a time in seconds since 1970. S3 has none."""
+    if not is_local(path):
+        return []
+    found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
+    return sorted(name for name in found if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than)
+
+
+@on_store
+def modified_time(path: str) -> float:
+    """When a file was written, in seconds since 1970; infinity if it is gone."""
+    try:
+        return os.path.getmtime(path) if is_local(path) else _fs().modified(path).timestamp()
+    except FileNotFoundError:
+        return float("inf")
+
+
+@on_store
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless it exists; durable and all or nothing. Returns whether this call wrote it."""
     if is_local(path):
@@ -83,6 +149,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
     return _conditional_put(path, functools.partial(_fs().pipe_file, path, data))
 
 
+@on_store
 def put_file_if_absent(path: str, local_file: str) -> bool:
     """Like `put_if_absent`, with the contents of a local file. Raises FileNotFoundError when that file is missing."""
     if not is_local(path):
@@ -91,6 +158,7 @@ def put_file_if_absent(path: str, local_file: str) -> bool:
         return _link_new(path, lambda file: shutil.copyfileobj(source, file))
 
 
+@on_store
 def replace(path: str, data: bytes) -> None:
     """Writes a file whether it exists or not, all or nothing. For derived files only, such as a report."""
     if not is_local(path):
@@ -102,6 +170,7 @@ def replace(path: str, data: bytes) -> None:
     _sync_folder(folder)
 
 
+@on_store
 def delete(path: str) -> None:
     """Removes a file; nothing happens when there is none."""
     try:
@@ -119,17 +188,26 @@ def delete_tree(path: str) -> None:
         shutil.rmtree(path)
 
 
+@on_store
+def download(path: str, local_file: str) -> None:
+    """Copies a file to this machine. Raises FileNotFoundError."""
+    if is_local(path):
+        shutil.copyfile(path, local_file)
+    else:
+        _fs().get_file(path, local_file)
+
+
 def local_copy(path: str) -> str:
     """A local file with these bytes: the path itself if local, else a download cached by path and entity tag."""
     if is_local(path):
         return path
-    info = _fs().info(path)
+    info = _info(path)
     key = hashlib.sha256(f"{path}:{info.get('ETag')}:{info['size']}".encode()).hexdigest()
     target = os.path.join(tempfile.gettempdir(), f"tessera-cache-{os.getuid()}", key)
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex}"
-        _fs().get_file(path, temporary)
+        download(path, temporary)
         os.replace(temporary, target)
     return target
 
@@ -209,7 +287,7 @@ def _conditional_put(path: str, upload: Callable[..., Any]) -> bool:
             upload(mode="create", Metadata={"writer": writer})
             return True
         except OSError as error:
-            status = _http_status(error)
+            status = response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
             if status == 412:
                 return _fs().metadata(path, refresh=True).get("writer") == writer
             if status != 409 or attempt == CONFLICT_ATTEMPTS - 1:  # 409: another writer is at it just now
@@ -218,13 +296,10 @@ def _conditional_put(path: str, upload: Callable[..., Any]) -> bool:
     raise AssertionError("unreachable")
 
 
-def _http_status(error: OSError) -> int | None:
-    response = getattr(error.__cause__, "response", {})
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-
-
 @functools.cache
 def _fs() -> Any:
     import s3fs
 
+    for name in ("aiobotocore", "botocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # else every process says where it found its credentials
     return s3fs.S3FileSystem(use_listings_cache=False)

@@ -6,7 +6,7 @@ changes nothing, so a killed job is run again and does only what is missing.
 
 import io
 import logging
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +15,33 @@ import ray
 import ray.data
 
 from pipeline import storage
-from pipeline.code_dataset.codec import bytes_per_row, num_bits
+from pipeline.code_dataset.codec import num_bits
+from pipeline.code_dataset.garbage import collect_garbage
+from pipeline.code_dataset.manifest import is_published, read_manifest
+from pipeline.code_dataset.parts import RowFormat
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
-from pipeline.code_dataset.reader import read_manifest
 from pipeline.code_dataset.receipts import finished_shards, read_receipts
-from pipeline.images import VIEWS, preprocessing_spec
+from pipeline.encoding import numeric_mode, prepare_encoder
+from pipeline.lineage import lineage
+from pipeline.probe import freeze_probe
+from pipeline.progress import Progress
 from pipeline.shard_tasks import ShardEncoder, ShardJob, decode_shard
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
+from pipeline.views import expand_views, preprocessing_spec
 from stages.config import to_dict, to_yaml
-from stages.errors import ArtefactError, ConfigError, TesseraError
+from stages.errors import ArtefactError, BadImage, ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 5.0
 NUM_EXAMPLES = 3
 SHARDS_PER_DECODER = 100
+MAX_SHARD_BYTES = 2 << 30  # of one Arrow block in the object store
+NUM_TRIED = 100  # images that are tried for one that can be decoded
+SMALL_MAP, MAP_CHUNK = 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +69,53 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     """Writes the code dataset of a source, or what is missing of it. Ray must be connected.
 
     Raises:
-        ConfigError: an empty source, or images, views or a codebook that do not fit. Nothing is written.
-        ArtefactError: no tokenizer, or a folder that holds another code dataset.
+        ConfigError: an empty source, or images, views, conditions or a codebook that do not fit. Nothing is written.
+        ArtefactError: no tokenizer, a folder that holds another code dataset, or a machine that encodes otherwise.
         TesseraError: more images are unusable than `codes.max_quarantined_fraction` allows; nothing is published.
     """
     tokenizer = open_tokenizer(options.tokenizer.path)
-    check_images(tokenizer, options)
+    views = check_images(tokenizer, options)
     source = open_source(options.source, options.images)
-    plan = make_plan(
-        source.list_images("train"), plan_identity(tokenizer, options, source.class_names), options.codes.shard_size
-    )
+    listing = source.list_images("train")
+    check_conditions(source, listing["uri"].to_pylist(), options.codes.conditions)
+    plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path
     storage.check_conditional_put(root)
     freeze(root, plan)
     storage.put_if_absent(storage.join(root, "config.yaml"), to_yaml(options).encode())
-    if not storage.list_files(storage.join(root, "versions")):
-        _encode_missing_shards(options, plan, source, tokenizer.fingerprint)
-        receipts = read_receipts(root, plan.fingerprint, plan.num_shards)
-        check_quarantine(root, receipts, options.codes.max_quarantined_fraction)
-        publish(root, receipts, _description(options, plan, tokenizer))
-    return _summary(root, plan)
+    if not is_published(root):
+        _write(options, plan, source, tokenizer)
+    summary = _summary(root, plan)
+    collect_garbage(root)
+    return summary
+
+
+def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Tokenizer) -> None:
+    """Encodes what is missing and publishes it."""
+    root = options.codes.path
+    tokenizer = prepare_encoder(tokenizer, next(tokenizer.parameters()).device)
+    probe = freeze_probe(root, plan.fingerprint, tokenizer, options.codes)
+    _encode_missing_shards(options, plan, source, tokenizer, probe)
+    receipts = read_receipts(root, plan.fingerprint, plan.num_shards)
+    check_quarantine(root, receipts, options.codes.max_quarantined_fraction)
+    publish(
+        root,
+        receipts,
+        {**_description(options, plan, tokenizer), "probe": probe},
+        drop_duplicates=options.codes.drop_duplicates,
+        remap_unused=options.codes.remap_unused,
+        row_group_rows=options.codes.row_group_rows,
+        run=_map_on_ray,
+    )
+
+
+def _map_on_ray(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """`map` in Ray tasks; in this process where there is little to do."""
+    if len(items) <= SMALL_MAP:
+        return list(map(function, items))
+    chunks = [items[i : i + MAP_CHUNK] for i in range(0, len(items), MAP_CHUNK)]
+    apply: Any = ray.remote(lambda chunk: list(map(function, chunk)))
+    return [result for results in ray.get([apply.remote(chunk) for chunk in chunks]) for result in results]
 
 
 def _summary(root: str, plan: Plan) -> TokenizeSummary:
@@ -99,13 +134,13 @@ def _summary(root: str, plan: Plan) -> TokenizeSummary:
     )
 
 
-def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> None:
-    """Refuses images, views and codebooks that do not fit each other.
+def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, ...]:
+    """Refuses images, views, rows and codebooks that do not fit each other; returns the names of the stored views.
 
     Raises:
         ConfigError: naming the key.
     """
-    images = options.images
+    images, codes = options.images, options.codes
     if images.channels != tokenizer.config.in_channels:
         raise ConfigError(
             f"images.channels is {images.channels}, but the tokenizer in {options.tokenizer.path} takes "
@@ -115,24 +150,59 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> None:
         raise ConfigError(
             f"images.size is {images.size}, but the tokenizer's patches are {tokenizer.downsample} pixels wide. Use a multiple."
         )
-    if not images.views or len(set(images.views)) < len(images.views) or not set(images.views) <= set(VIEWS):
-        raise ConfigError(
-            f"images.views is {list(images.views)}, but it must name at least one view, each once, of: {', '.join(VIEWS)}. "
-            f"Choose from these."
-        )
     num_bits(tokenizer.codebook_size)
+    if codes.row_group_rows is not None and codes.row_group_rows.bit_count() != 1:
+        raise ConfigError(
+            f"codes.row_group_rows is {codes.row_group_rows}, but a row is found by a shift. Use a power of two, such as "
+            f"{1 << codes.row_group_rows.bit_length()}."
+        )
+    views = expand_views(images.views)
+    image_bytes = len(views) * images.size**2 * images.channels
+    if codes.shard_size * image_bytes > MAX_SHARD_BYTES:
+        raise ConfigError(
+            f"codes.shard_size is {codes.shard_size}, but the pixels of {len(views)} views of so many images are more than the "
+            f"{MAX_SHARD_BYTES >> 30} GiB that one task hands on. Use at most {max(1, MAX_SHARD_BYTES // image_bytes)}."
+        )
+    return views
 
 
-def plan_identity(tokenizer: Tokenizer, options: TokenizeOptions, class_names: tuple[str, ...]) -> dict[str, Any]:
+def check_conditions(source: Source, uris: Sequence[str], names: Sequence[str]) -> None:
+    """Refuses conditions that the source's images do not have, as far as its first usable image tells.
+
+    Raises:
+        ConfigError: naming what there is.
+    """
+    if not names:
+        return
+    for uri in uris[:NUM_TRIED]:
+        try:
+            example = source.decode(source.fetch(uri))
+        except (BadImage, FileNotFoundError):
+            continue
+        maps = [name for name, values in example.conditions.items() if values.shape == example.image.shape[:2]]
+        unknown = [name for name in names if name not in maps]
+        if unknown:
+            raise ConfigError(
+                f"codes.conditions is {list(names)}, but {unknown[0]} is no map of this source's images, which have: "
+                f"{', '.join(maps) or 'none'}. Choose from these."
+            )
+        return
+
+
+def plan_identity(
+    tokenizer: Tokenizer, options: TokenizeOptions, views: tuple[str, ...], class_names: tuple[str, ...]
+) -> dict[str, Any]:
     """Everything but the images that decides what the rows are."""
+    codes = options.codes
     return {
         "tokenizer": tokenizer.fingerprint,
         "preprocess": preprocessing_spec(options.images),
-        "views": list(options.images.views),
+        "views": list(views),
+        "conditions": list(codes.conditions),
         "class_names": list(class_names),
         "codebook_size": tokenizer.codebook_size,
-        "encode_precision": options.codes.encode_precision,
-        "encode_batch_size": options.codes.encode_batch_size,
+        "encode": numeric_mode(codes),
+        "layout": {name: getattr(codes, name) for name in ("drop_duplicates", "remap_unused", "row_group_rows")},
     }
 
 
@@ -157,33 +227,40 @@ def check_quarantine(root: str, receipts: list[dict[str, Any]], max_fraction: fl
     )
 
 
+def _row_format(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> RowFormat:
+    h, w = tokenizer.grid(options.images.size)
+    return RowFormat(
+        num_codes=h * w,
+        codebook_size=tokenizer.codebook_size,
+        has_labels=bool(plan.identity["class_names"]),
+        conditions=tuple(plan.identity["conditions"]),
+    )
+
+
 def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
-    grid = tokenizer.grid(options.images.size)
-    num_codes, bits = grid[0] * grid[1], num_bits(tokenizer.codebook_size)
+    identity = plan.identity
     return {
         "plan_fp": plan.fingerprint,
         "source": {**to_dict(options.source), "n_input": len(plan.images)},
-        "class_names": plan.identity["class_names"],
-        "views": plan.identity["views"],
-        "grid": list(grid),
+        **{name: identity[name] for name in ("class_names", "conditions", "views", "preprocess", "encode")},
+        "grid": list(tokenizer.grid(options.images.size)),
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
             "config": to_dict(tokenizer.config),
             "downsample": tokenizer.downsample,
         },
-        "preprocess": plan.identity["preprocess"],
-        "encode": {"precision": options.codes.encode_precision, "batch_size": options.codes.encode_batch_size},
         "codec": {
             "name": "pack_le",
-            "bits": bits,
-            "bytes_per_row": bytes_per_row(num_codes, bits),
-            "num_codes": num_codes,
+            "num_codes": _row_format(options, plan, tokenizer).num_codes,
             "codebook_size": tokenizer.codebook_size,
         },
+        "lineage": lineage(),
     }
 
 
-def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source, tokenizer_fingerprint: str) -> None:
+def _encode_missing_shards(
+    options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Tokenizer, probe: dict[str, Any]
+) -> None:
     done = finished_shards(options.codes.path, plan.fingerprint)
     missing = [shard for shard in range(plan.num_shards) if shard not in done]
     logger.info("%d of %d shards are missing", len(missing), plan.num_shards)
@@ -193,10 +270,14 @@ def _encode_missing_shards(options: TokenizeOptions, plan: Plan, source: Source,
         source=source,
         images=options.images,
         codes=options.codes,
+        views=tuple(plan.identity["views"]),
+        grid=tokenizer.grid(options.images.size),
+        row_format=_row_format(options, plan, tokenizer),
         plan_fingerprint=plan.fingerprint,
         plan_images=ray.put(plan.images),
         tokenizer_path=options.tokenizer.path,
-        tokenizer_fingerprint=tokenizer_fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        probe=probe,
     )
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # a shard's pixels stay one block, so an encoder always sees a whole shard
@@ -238,13 +319,7 @@ def gpus_per_encoder(num_encoder_actors: int) -> float:
 
 
 def _wait(committed: ray.data.Dataset, num_missing: int) -> None:
-    """Runs the job to its end, logging how far it is every few seconds."""
-    started = logged = time.monotonic()
-    num_done = 0
+    """Runs the job to its end."""
+    progress = Progress("missing shards", num_missing, logger)
     for batch in committed.iter_batches(batch_size=None, batch_format="pyarrow"):
-        num_done += len(batch)
-        now = time.monotonic()
-        if now - logged >= LOG_SECONDS or num_done == num_missing:
-            left = (num_missing - num_done) * (now - started) / num_done
-            logger.info("%d of %d missing shards done, about %.0f s left", num_done, num_missing, left)
-            logged = now
+        progress.advance(len(batch))

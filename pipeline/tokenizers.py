@@ -1,11 +1,14 @@
-"""Opens tokenizer artefacts from any storage."""
+"""Tokenizer artefacts, and the files of other projects, in any storage."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline import storage
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, load_tokenizer, read_config, save_tokenizer
+from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 
 
@@ -50,6 +53,40 @@ def store_tokenizer(tokenizer: Tokenizer, path: str) -> str:
                             f"{path}/{name} is there already, but with other contents. Choose another folder."
                         )
     return mark
+
+
+@contextmanager
+def local_weights(file: str) -> Iterator[str]:
+    """A local path of another project's checkpoint: a file, with the config.json beside it, or a folder of such.
+
+    Raises:
+        ConfigError: it is an s3:// path at which there is nothing.
+    """
+    if storage.is_local(file):
+        yield file
+        return
+    is_file = storage.exists(file)
+    parent, _, name = file.rpartition("/")
+    wanted = [file, storage.join(parent, CONFIG)] if is_file else storage.list_files(file)
+    if not wanted:
+        raise ConfigError(f"file is {file}, but there is no such file. Check the path.")
+    with tempfile.TemporaryDirectory() as folder:
+        for path in filter(storage.exists, wanted):
+            storage.download(path, os.path.join(folder, os.path.basename(path)))
+        yield os.path.join(folder, name) if is_file else folder
+
+
+def store_export(tokenizer: Tokenizer, format: str, path: str) -> str:
+    """`export_tokenizer` to a local or s3:// folder. Raises what that raises."""
+    if storage.is_local(path):
+        return export_tokenizer(tokenizer, format, path)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = export_tokenizer(tokenizer, format, folder)
+        for name in sorted(os.listdir(folder)):
+            target = storage.join(path, name)
+            if not storage.put_file_if_absent(target, os.path.join(folder, name)):
+                raise ConfigError(f"output is {path}, but {target} is there already. Choose another folder.")
+    return storage.join(path, os.path.basename(weights))
 
 
 def _download(path: str, names: tuple[str, ...], folder: str) -> None:

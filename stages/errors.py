@@ -13,6 +13,10 @@ class ArtefactError(TesseraError):
     """An artefact (tokenizer, code dataset, checkpoint, record) that is missing, unfinished, damaged or bound to another one."""
 
 
+class StorageError(TesseraError, OSError):
+    """A store that cannot be reached, refuses access or fails. An OSError too, so what retries faults of storage retries it."""
+
+
 class BadImage(Exception):
     """The content of one image cannot be used. Becomes a quarantined row, never a failed job.
 

@@ -55,7 +55,9 @@ class ImageOptions:
     size: int = option(256, "Side of the square image in pixels.", low=8)
     channels: Literal[1, 3] = option(3, "1 for grey, 3 for RGB.")
     crop: Literal["center"] = option("center", "center: shorter side to `size` with antialiasing, then the middle.")
-    views: tuple[str, ...] = option(("center",), "Views stored per image: center, flip.")
+    views: tuple[str, ...] = option(
+        ("center",), "Views stored per image: center, flip, ten-crop[@ENLARGE], random-crop:N[@SHARE]."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +125,28 @@ class CodesOptions:
     )
     encode_precision: Literal["fp32", "bf16"] = option("fp32", "fp32 is the parity mode. Part of the identity.")
     num_encoder_actors: int = option(1, "Encoders in the actor pool.", low=1)
+    conditions: tuple[str, ...] = option(
+        (), "Condition maps of the source stored per row on the code grid, 8 bits each, such as segmentation."
+    )
     max_quarantined_fraction: float = option(
         0.01, "More unusable images than this share fail the job.", low=0.0, high=1.0
     )
-    verify_on_open: bool = option(True, "Hash every part before training starts.")
+    drop_duplicates: bool = option(
+        False, "Leave out images whose bytes are those of an earlier one; they are reported either way."
+    )
+    remap_unused: bool = option(
+        False, "Number the codebook entries that occur densely, so that fewer bits hold them; readers see the codes as ever."
+    )
+    row_group_rows: int | None = option(
+        None, "Rows per row group, a power of two; 16384, or fewer of large rows, if not given.", low=1
+    )
+    verify_on_open: bool = option(
+        True, "Hash every file of the dataset before training starts. Row groups are checked as they are read either way."
+    )
+    cache_path: str | None = option(
+        None, "Local folder for row groups of a dataset on S3; the system's temporary folder if not given."
+    )
+    cache_bytes: int = option(64 << 30, "Row groups kept there at most by one process, per column.", low=1 << 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +198,11 @@ class TrainOptions:
     micro_batch_size: int = option(32, "Rows per forward pass of one worker.", low=1)
     num_steps: int = option(10_000, "Optimizer steps of the whole run.", low=1)
     checkpoint_every_steps: int = option(1000, "Steps between two commits.", low=1)
+    shuffle_window: int | None = option(
+        None,
+        "Row groups shuffled together, for a dataset larger than the memory or cache near it; the whole dataset if not given.",
+        low=1,
+    )
     keep_checkpoints: int = option(3, "Newest commits that are kept; the log stays whole.", low=1)
     log_every_steps: int = option(50, "Steps between two log lines.", low=1)
     precision: Literal["fp32", "bf16"] = option("bf16", "Compute precision of the transformer.")

@@ -1,11 +1,14 @@
 """Small code datasets without images, a tokenizer or Ray."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.code_dataset.codec import bytes_per_row, num_bits
-from pipeline.code_dataset.parts import PartRows
+from pipeline import storage
+from pipeline.code_dataset.layout import canonical_json, manifest_path, sha256_hex, version_path
+from pipeline.code_dataset.parts import RowFormat, make_rows
 from pipeline.code_dataset.plan import freeze, make_plan
 from pipeline.code_dataset.publish import publish
 from pipeline.code_dataset.receipts import commit_shard, finished_shards, read_receipts
@@ -23,20 +26,52 @@ class Recipe:
     grid: tuple[int, int] = (2, 3)
     codebook_size: int = 20
     bad_images: tuple[int, ...] = (5,)
+    conditions: tuple[str, ...] = ()
+    row_group_rows: int | None = None
+    duplicate_of: tuple[tuple[int, int], ...] = ()  # (image, an earlier one with the same bytes)
+    drop_duplicates: bool = False
+    remap_unused: bool = False
+    used_codes: tuple[int, ...] | None = None
+    tokenizer_fingerprint: str = "f" * 64
+
+    @property
+    def row_format(self):
+        return RowFormat(
+            num_codes=self.grid[0] * self.grid[1],
+            codebook_size=self.codebook_size,
+            has_labels=bool(self.num_classes),
+            conditions=self.conditions,
+        )
+
+    @property
+    def kept_images(self):
+        """Numbers of the images that are published, in order."""
+        dropped = {image for image, _ in self.duplicate_of} if self.drop_duplicates else set()
+        return np.array([i for i in range(self.num_images) if i not in self.bad_images and i not in dropped])
 
     @property
     def codes(self):
-        """Of every image that is not bad, (images, views, L)."""
+        """Of every published image, (images, views, L)."""
+        return self._all_codes[self.kept_images]
+
+    @property
+    def _all_codes(self):
         shape = (self.num_images, self.num_views, self.grid[0] * self.grid[1])
-        codes = np.random.default_rng(0).integers(0, self.codebook_size, shape)
-        return np.delete(codes, self.bad_images, axis=0)
+        choice = np.arange(self.codebook_size) if self.used_codes is None else np.array(self.used_codes)
+        return choice[np.random.default_rng(0).integers(0, len(choice), shape)]
 
     @property
     def image_ids(self):
-        return np.delete(100 + np.arange(self.num_images), self.bad_images)
+        """Of every published image."""
+        return 100 + self.kept_images
 
     def labels(self, image_ids):
         return image_ids % self.num_classes if self.num_classes else np.full(len(image_ids), -1)
+
+    def condition(self, name):
+        """Of every published row, (rows, L)."""
+        rows = np.arange(len(self.kept_images) * self.num_views)[:, None]
+        return ((rows * 7 + self.conditions.index(name) + np.arange(self.row_format.num_codes)) % 256).astype(np.uint8)
 
     @property
     def plan(self):
@@ -46,13 +81,20 @@ class Recipe:
         return make_plan(listing(ids, [f"image-{i}" for i in ids], labels), identity, self.shard_size)
 
     def write_shard(self, root, shard, codes=None):
-        is_mine = (self.image_ids - 100) // self.shard_size == shard
-        ids, codes = self.image_ids[is_mine], self.codes[is_mine] if codes is None else codes
-        rows = PartRows(
-            codes=codes.reshape(-1, codes.shape[-1]),
-            image_ids=ids.repeat(self.num_views),
-            views=np.tile(np.arange(self.num_views), len(ids)),
-            labels=self.labels(ids).repeat(self.num_views) if self.num_classes else None,
+        first, stop = shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images)
+        images = np.array([i for i in range(first, stop) if i not in self.bad_images], dtype=np.int64)
+        codes = (self._all_codes[images] if codes is None else codes).reshape(-1, self.row_format.num_codes)
+        n = len(images) * self.num_views
+        rows = make_rows(
+            self.row_format,
+            codes=codes,
+            image_ids=(100 + images).repeat(self.num_views),
+            views=np.tile(np.arange(self.num_views), len(images)),
+            crops=np.tile(np.array([1.5, 2, 30, 40], np.float32), (n, 1)),
+            is_flipped=np.arange(n) % 2 == 1,
+            source_sha256=self._sha256(images).repeat(self.num_views, axis=0),
+            labels=self.labels(100 + images).repeat(self.num_views),
+            conditions={name: self._conditions_of(name, images) for name in self.conditions},
         )
         bad = [
             {
@@ -72,9 +114,19 @@ class Recipe:
             shard,
             rows=rows,
             quarantined=bad,
-            codebook_size=self.codebook_size,
+            row_format=self.row_format,
             num_views=self.num_views,
         )
+
+    def _conditions_of(self, name, images):
+        kept = np.searchsorted(self.kept_images, images)
+        rows = (kept[:, None] * self.num_views + np.arange(self.num_views)).ravel()
+        return self.condition(name)[np.minimum(rows, len(self.kept_images) * self.num_views - 1)]
+
+    def _sha256(self, images):
+        originals = dict(self.duplicate_of)
+        digests = [hashlib.sha256(f"image {originals.get(i, i)}".encode()).digest() for i in images.tolist()]
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(len(images), 32)
 
     def write(self, root):
         """Writes and publishes what is missing of the dataset; returns its folder."""
@@ -82,18 +134,50 @@ class Recipe:
         freeze(root, plan)
         for shard in sorted(set(range(plan.num_shards)) - finished_shards(root, plan.fingerprint)):
             self.write_shard(root, shard)
-        publish(root, read_receipts(root, plan.fingerprint, plan.num_shards), self.description)
+        publish(
+            root,
+            read_receipts(root, plan.fingerprint, plan.num_shards),
+            self.description,
+            drop_duplicates=self.drop_duplicates,
+            remap_unused=self.remap_unused,
+            row_group_rows=self.row_group_rows,
+        )
         return root
 
     @property
     def description(self):
-        num_codes, bits = self.grid[0] * self.grid[1], num_bits(self.codebook_size)
-        codec = {"bits": bits, "bytes_per_row": bytes_per_row(num_codes, bits), "num_codes": num_codes}
         return {
             "plan_fp": self.plan.fingerprint,
             "class_names": self.plan.identity["class_names"],
+            "conditions": list(self.conditions),
             "views": [f"view {i}" for i in range(self.num_views)],
             "grid": list(self.grid),
-            "tokenizer": {"fingerprint": "f" * 64},
-            "codec": {"name": "pack_le", **codec, "codebook_size": self.codebook_size},
+            "tokenizer": {"fingerprint": self.tokenizer_fingerprint},
+            "codec": {
+                "name": "pack_le",
+                "num_codes": self.row_format.num_codes,
+                "codebook_size": self.codebook_size,
+            },
         }
+
+
+def replace_manifest(root, manifest):
+    """Publishes another manifest in place of the one that is there, with every hash made to fit."""
+    data = canonical_json(manifest)
+    storage.replace(manifest_path(root, sha256_hex(data)), data)
+    version = json.loads(storage.read_bytes(version_path(root, 1)))
+    version |= {"manifest_sha256": sha256_hex(data), "root_hash": manifest["root_hash"]}
+    del version["sha256"]
+    storage.replace(version_path(root, 1), canonical_json({**version, "sha256": sha256_hex(canonical_json(version))}))
+
+
+def flip_bit(path, position):
+    """Changes one bit of a file, counted from its start."""
+    data = bytearray(storage.read_bytes(path))
+    data[position // 8] ^= 1 << (position % 8)
+    storage.replace(path, bytes(data))
+
+
+def files_of(root, kind):
+    """Of one folder of a dataset."""
+    return storage.list_files(storage.join(str(root), kind))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import uuid
 
 # Before Ray is imported anywhere: short socket paths, own instance, quick controller polls.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
@@ -14,6 +15,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from s3_support import BUCKET, running_server  # noqa: E402
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges time
 hypothesis.settings.load_profile("untimed")
@@ -34,3 +36,18 @@ def ray_cluster():
     if previous is not None:
         os.environ["RAY_TMPDIR"] = previous
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """SeaweedFS for the whole test run, found by the standard AWS environment variables, which it gives."""
+    folder = str(tmp_path_factory.mktemp("seaweedfs"))
+    with running_server(folder) as environment:
+        yield environment
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def s3(s3_server):
+    """A fresh s3:// prefix."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

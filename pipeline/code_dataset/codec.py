@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from pipeline.kernels import READ_AHEAD, gather_codes, pack_codes
 from stages.errors import ConfigError
 
 MAX_BITS = 16
+AS_STORED = np.zeros(0, np.uint16)  # no remap
 
 
 def num_bits(codebook_size: int) -> int:
@@ -37,18 +39,29 @@ def pack(codes_NL: np.ndarray, bits: int) -> np.ndarray:
         raise ValueError(
             f"codes span [{codes_NL.min()}, {codes_NL.max()}], but {bits} bits hold [0, {(1 << bits) - 1}]"
         )
-    each_bit = (codes_NL.astype(np.uint32)[..., None] >> np.arange(bits, dtype=np.uint32)).astype(np.uint8) & 1
-    return np.packbits(each_bit.reshape(len(codes_NL), codes_NL.shape[1] * bits), axis=1, bitorder="little")
+    packed = np.zeros((len(codes_NL), bytes_per_row(codes_NL.shape[1], bits)), np.uint8)
+    pack_codes(np.ascontiguousarray(codes_NL, np.uint16), bits, packed)
+    return packed
 
 
 def unpack(packed_NB: np.ndarray, num_codes: int, bits: int) -> np.ndarray:
-    """uint8 (N, bytes_per_row) back to int64 codes (N, num_codes).
+    """uint8 (N, bytes_per_row) back to uint16 codes (N, num_codes)."""
+    n, row_bytes = packed_NB.shape
+    memory = np.zeros(n * row_bytes + READ_AHEAD, np.uint8)
+    memory[: n * row_bytes] = packed_NB.ravel()
+    return unpack_rows(np.array([memory.ctypes.data], np.uint64), np.arange(n), 62, num_codes, bits)
 
-    A code of at most 16 bits lies within three bytes, wherever it starts.
-    """
-    first_bit = np.arange(num_codes) * bits
-    first_byte, shift = first_bit >> 3, (first_bit & 7).astype(np.uint32)
-    padded = np.zeros((len(packed_NB), packed_NB.shape[1] + 2), dtype=np.uint32)
-    padded[:, :-2] = packed_NB
-    window = padded[:, first_byte] | (padded[:, first_byte + 1] << 8) | (padded[:, first_byte + 2] << 16)
-    return ((window >> shift) & np.uint32((1 << bits) - 1)).astype(np.int64)
+
+def unpack_rows(
+    addresses: np.ndarray,
+    rows: np.ndarray,
+    group_shift: int,
+    num_codes: int,
+    bits: int,
+    original: np.ndarray = AS_STORED,
+) -> np.ndarray:
+    """uint16 codes (N, num_codes) of packed rows in memory; arguments as for `pipeline.kernels.gather_codes`."""
+    width = -(-num_codes // 4) * 4
+    codes = np.empty((len(rows), width), np.uint16)
+    gather_codes(addresses, rows, group_shift, num_codes, bytes_per_row(num_codes, bits), bits, original, codes)
+    return codes[:, :num_codes]

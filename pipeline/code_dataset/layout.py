@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline import storage
@@ -9,6 +10,7 @@ from stages.errors import ArtefactError
 
 FORMAT = "tessera-code-dataset"
 FORMAT_VERSION = 1
+NUM_READERS = 8
 
 
 def canonical_json(value: Any) -> bytes:
@@ -22,13 +24,15 @@ def sha256_hex(data: bytes) -> str:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object in its canonical text: no other byte may mean the same, or a flipped one could go unnoticed.
 
     Raises:
         ArtefactError: the file is missing or holds something else.
     """
     try:
-        content = json.loads(storage.read_bytes(path))
+        data = storage.read_bytes(path)
+        content = json.loads(data)
+        is_canonical = canonical_json(content) == data
     except FileNotFoundError:
         raise ArtefactError(
             f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
@@ -37,9 +41,17 @@ def read_json(path: str) -> dict[str, Any]:
         raise ArtefactError(
             f"{path} is damaged ({error}), but it must be JSON. Restore it, or tokenize anew."
         ) from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} is damaged, but it must hold a JSON object. Restore it, or tokenize anew.")
+    if not isinstance(content, dict) or not is_canonical:
+        raise ArtefactError(
+            f"{path} is damaged, but it must hold a JSON object in canonical form. Restore it, or tokenize anew."
+        )
     return content
+
+
+def read_jsons(paths: list[str]) -> list[dict[str, Any]]:
+    """JSON objects of many files, read side by side. Raises ArtefactError like `read_json`."""
+    with ThreadPoolExecutor(max_workers=NUM_READERS) as readers:
+        return list(readers.map(read_json, paths))
 
 
 def plan_path(root: str, plan_fingerprint: str) -> str:
@@ -54,9 +66,17 @@ def receipt_path(root: str, plan_fingerprint: str, shard: int) -> str:
     return storage.join(receipts_path(root, plan_fingerprint), f"{shard:05d}.json")
 
 
-def content_path(kind: str, plan_fingerprint: str, shard: int, sha256: str) -> str:
-    """Path, relative to the root, of a part (`data`) or a quarantine file (`quarantine`), named by its content."""
-    return f"{kind}/{plan_fingerprint}/part-{shard:05d}-{sha256[:16]}.parquet"
+def content_path(kind: str, plan_fingerprint: str, number: int, sha256: str) -> str:
+    """Path below the root of a file that is named by its content.
+
+    Kinds: `shards` (rows of one shard, until they are published), `data` (parts of a published version), `quarantine`,
+    `duplicates`.
+    """
+    return f"{kind}/{plan_fingerprint}/part-{number:05d}-{sha256[:16]}.parquet"
+
+
+def probe_path(root: str, plan_fingerprint: str) -> str:
+    return storage.join(root, "plans", plan_fingerprint, "probe.json")
 
 
 def manifest_path(root: str, sha256: str) -> str:

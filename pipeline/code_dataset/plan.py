@@ -95,13 +95,15 @@ def read_plan(root: str, fingerprint: str) -> Plan:
     """
     path = plan_path(root, fingerprint)
     try:
-        images = pq.read_table(io.BytesIO(storage.read_bytes(path)), page_checksum_verification=True)
-        plan = Plan(json.loads(images.schema.metadata[IDENTITY]), images)
-        found = plan.fingerprint
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         raise ArtefactError(
             f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
         ) from None
+    try:
+        images = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        plan = Plan(json.loads(images.schema.metadata[IDENTITY]), images)
+        found = plan.fingerprint
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}). Restore it, or tokenize anew.") from None
     if found != fingerprint:

@@ -3,16 +3,19 @@
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import storage
 from pipeline.code_dataset.layout import (
     canonical_json,
     content_path,
     read_json,
+    read_jsons,
     receipt_path,
     receipts_path,
     sha256_hex,
 )
-from pipeline.code_dataset.parts import PartRows, encode_part, encode_quarantine
+from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, encode_part, encode_rows
 from stages.errors import ArtefactError
 
 
@@ -21,10 +24,11 @@ def commit_shard(
     plan_fingerprint: str,
     shard: int,
     *,
-    rows: PartRows,
+    rows: pa.Table,
     quarantined: list[dict[str, Any]],
-    codebook_size: int,
+    row_format: RowFormat,
     num_views: int,
+    encoder: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a shard's part and quarantine file, then its receipt; returns the receipt that counts, ours or an earlier one.
 
@@ -32,22 +36,21 @@ def commit_shard(
         root: of the dataset.
         plan_fingerprint: of the plan the shard belongs to.
         shard: its number.
-        rows: of the images that could be used, every view of each.
+        rows: of `row_format.shard_schema`, every view of each usable image, in order of (image, view).
         quarantined: rows of the quarantine file.
-        codebook_size: of the tokenizer.
+        row_format: of the shard's codes, as they come from the tokenizer.
         num_views: views per image.
-
-    Raises:
-        ValueError: a code is outside [0, codebook_size).
+        encoder: the machine and libraries that made the codes.
     """
-    num_images = len(rows.image_ids) // num_views
+    num_images = len(rows) // num_views
     part = quarantine = None
     if num_images:
-        data, row_groups = encode_part(rows, codebook_size)
-        part = _put_content(root, "data", plan_fingerprint, shard, data)
-        part |= {"rows": len(rows.image_ids), "row_groups": row_groups}
+        data, row_groups = encode_part(rows, row_format, row_format.row_group_rows())
+        part = put_content(root, "shards", plan_fingerprint, shard, data)
+        part |= {"rows": len(rows), "row_groups": row_groups}
     if quarantined:
-        quarantine = _put_content(root, "quarantine", plan_fingerprint, shard, encode_quarantine(quarantined))
+        data = encode_rows(quarantined, QUARANTINE_SCHEMA)
+        quarantine = put_content(root, "quarantine", plan_fingerprint, shard, data)
         quarantine["rows"] = len(quarantined)
     receipt = {
         "shard": shard,
@@ -59,14 +62,16 @@ def commit_shard(
             "n_images": num_images,
             "n_quarantined": dict(Counter(row["kind"] for row in quarantined)),
         },
+        "encoder": encoder or {},
     }
     path = receipt_path(root, plan_fingerprint, shard)
     return receipt if storage.put_if_absent(path, canonical_json(receipt)) else read_json(path)
 
 
-def _put_content(root: str, kind: str, plan_fingerprint: str, shard: int, data: bytes) -> dict[str, Any]:
+def put_content(root: str, kind: str, plan_fingerprint: str, number: int, data: bytes) -> dict[str, Any]:
+    """Stores a file under a name made of its content; returns its path below the root, its bytes and its sha-256."""
     digest = sha256_hex(data)
-    path = content_path(kind, plan_fingerprint, shard, digest)
+    path = content_path(kind, plan_fingerprint, number, digest)
     storage.put_if_absent(storage.join(root, path), data)
     return {"path": path, "bytes": len(data), "sha256": digest}
 
@@ -83,11 +88,9 @@ def read_receipts(root: str, plan_fingerprint: str, num_shards: int) -> list[dic
     Raises:
         ArtefactError: one is missing, damaged, or of another shard.
     """
-    receipts = []
-    for shard in range(num_shards):
-        path = receipt_path(root, plan_fingerprint, shard)
-        receipt = read_json(path)
+    paths = [receipt_path(root, plan_fingerprint, shard) for shard in range(num_shards)]
+    receipts = read_jsons(paths)
+    for shard, (path, receipt) in enumerate(zip(paths, receipts)):
         if (receipt.get("shard"), receipt.get("plan_fp")) != (shard, plan_fingerprint):
             raise ArtefactError(f"{path} is a receipt of another shard or plan. Remove it, and run tokenize again.")
-        receipts.append(receipt)
     return receipts

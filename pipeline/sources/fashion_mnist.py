@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.sources.contract import Example, Split, check_listing, listing
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -29,7 +30,7 @@ SIDE = 28
 
 
 class FashionMnist:
-    """IDX files in `source.path`, else in Debian's folder, else downloaded once into the user's cache and checked."""
+    """IDX files in `source.path` (local or s3://), else in Debian's folder, else downloaded once into the user's cache and checked."""
 
     class_names = (
         "t-shirt",
@@ -73,18 +74,26 @@ class FashionMnist:
 
     def _file(self, name: str) -> str:
         if self.options.path:
-            path = os.path.join(self.options.path, name)
-            if not os.path.exists(path):
+            try:
+                return _given_file(storage.join(self.options.path, name))
+            except FileNotFoundError:
                 raise ConfigError(
                     f"source.path is {self.options.path}, but {name} is not in it. Put the four IDX files there."
-                )
-            return path
+                ) from None
         path = os.path.join(SYSTEM_FOLDER, name)
         if not os.path.exists(path):
             path = os.path.join(_cache_folder(), name)
             if not os.path.exists(path):
                 _download(name, path)
         return path
+
+
+@functools.cache
+def _given_file(path: str) -> str:
+    """The user's file on this machine. Raises FileNotFoundError."""
+    if not storage.exists(path):
+        raise FileNotFoundError(path)
+    return storage.local_copy(path)
 
 
 def _cache_folder() -> str:

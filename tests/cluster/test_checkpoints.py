@@ -6,7 +6,8 @@ import os
 import pytest
 
 from cluster import checkpoints
-from stages.errors import ArtefactError
+from pipeline import storage
+from stages.errors import ArtefactError, StorageError
 
 
 def make(run, step, text="weights"):
@@ -90,3 +91,40 @@ def test_errors_say_what_to_do(run):
         checkpoints.resolve_checkpoint("latest", run)
     with pytest.raises(ArtefactError, match="Name a committed checkpoint"):
         checkpoints.resolve_checkpoint(os.path.join(run, "nothing"), run)
+
+
+def test_a_commit_that_is_pruned_while_commits_are_listed_is_passed_over(run, monkeypatch):
+    older, newer = make(run, 10), make(run, 20)
+    listed = [f"{commit.path}/{checkpoints.COMMIT}" for commit in (older, newer)]
+    monkeypatch.setattr(storage, "list_files", lambda path, suffix="": listed)
+    storage.delete(listed[0])
+    assert checkpoints.list_commits(run) == [newer]
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_damage(run, monkeypatch):
+    """Or a run would start anew when it could have been resumed."""
+    make(run, 10)
+
+    def fail(path):
+        raise StorageError(f"path is {path}, but the store cannot be reached")
+
+    monkeypatch.setattr(storage, "size", fail)
+    with pytest.raises(StorageError):
+        checkpoints.latest_commit(run)
+
+
+def test_a_checkpoint_on_s3_is_verified_and_downloaded_without_leaving_copies(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = checkpoints.checkpoint_path(s3, 10, checkpoints.new_attempt())
+    for name in ("weights", "optimizer/state"):
+        storage.put_if_absent(f"{folder}/{name}", name.encode())
+    entries = [checkpoints.file_entry(f"{folder}/{name}", name) for name in ("weights", "optimizer/state")]
+    checkpoints.write_commit(folder, {"step": 10, "files": entries})
+    commit = checkpoints.latest_commit(s3)
+    with checkpoints.local_folder(commit) as copy:
+        assert sorted(storage.list_files(copy)) == [f"{copy}/optimizer/state", f"{copy}/weights"]
+    with checkpoints.local_folder(commit, ["weights"]) as copy:
+        assert os.listdir(copy) == ["weights"]
+    assert os.listdir(tmp_path) == []
+    storage.replace(f"{folder}/weights", b"weighte")
+    assert checkpoints.latest_commit(s3) is None

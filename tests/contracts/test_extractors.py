@@ -7,8 +7,8 @@ import torch
 from evaluation.extractors import EXTRACTORS, Extractor, distance_name, open_extractor
 from evaluation.frechet import Reference, frechet_distance
 from evaluation.statistics import GaussianStatistics
-from pipeline.images import apply_view
 from pipeline.sources import open_source
+from pipeline.views import apply_view
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.images import apply_view
 from pipeline.sources import SOURCES, open_source
+from pipeline.views import apply_view
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
 

@@ -1,20 +1,21 @@
-"""Decoding whatever people store, and cropping it."""
+"""Decoding whatever people store."""
 
 import io
 import struct
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
-from pipeline import images
-from pipeline.images import VIEWS, apply_view, decode_image, preprocessing_spec
+from pipeline.images import decode_image
+from pipeline.sources.image_folder import ImageFolder
 from stages.errors import BadImage
-from stages.options import ImageOptions
+from stages.options import ImageOptions, SourceOptions
 
 RED = (200, 30, 40)
 
@@ -45,8 +46,40 @@ def turned(orientation: int) -> bytes:
     return encode(image, "PNG", exif=exif)
 
 
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour_type: int, pixels: bytes) -> bytes:
+    """A PNG written by hand; `pixels` is what stands in its rows, each after a zero byte."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(pixels)), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def flip_bit(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def ycck_jpeg() -> bytes:
+    """The inks of `red` as luminance, chroma and black, and marked so."""
+    cyan, magenta, yellow, black = red("CMYK").getpixel((0, 0))
+    stored = Image.new("RGB", (1, 1), (cyan, magenta, yellow)).convert("YCbCr").getpixel((0, 0))
+    data = encode(Image.new("CMYK", (12, 10), (*(255 - value for value in stored), black)), "JPEG", quality=95)
+    transform = data.index(b"Adobe") + 11  # the byte that says how colours were converted
+    return data[:transform] + b"\2" + data[transform + 1 :]
+
+
+def without_adobe_marker(data: bytes) -> bytes:
+    start = data.index(b"\xff\xee")
+    return data[:start] + data[start + 16 :]
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+BLUE = Image.new("RGB", (12, 10), "blue")
+RED_PNG, RED_CMYK_JPEG = encode(red()), encode(red("CMYK"), "JPEG", quality=95)
 COLOUR = {
-    "PNG": encode(red()),
+    "PNG": RED_PNG,
     "JPEG": encode(red(), "JPEG", quality=95),
     "progressive JPEG": encode(red(), "JPEG", quality=95, progressive=True),
     "WebP": encode(red(), "WEBP", lossless=True),
@@ -56,10 +89,20 @@ COLOUR = {
     "PPM": encode(red(), "PPM"),
     "palette PNG": encode(red().quantize(8)),
     "GIF": encode(red().quantize(8), "GIF"),
-    "animated GIF": encode(red(), "GIF", save_all=True, append_images=[Image.new("RGB", (12, 10), "blue")]),
-    "animated WebP": encode(red(), "WEBP", save_all=True, lossless=True, append_images=[Image.new("RGB", (12, 10))]),
-    "TIFF of two pages": encode(red(), "TIFF", save_all=True, append_images=[Image.new("RGB", (12, 10))]),
-    "CMYK JPEG": encode(red("CMYK"), "JPEG", quality=95),
+    "animated GIF": encode(red(), "GIF", save_all=True, append_images=[BLUE]),
+    "animated WebP": encode(red(), "WEBP", save_all=True, lossless=True, append_images=[BLUE]),
+    "TIFF of two pages": encode(red(), "TIFF", save_all=True, append_images=[BLUE]),
+    "animated PNG": encode(red(), "PNG", save_all=True, append_images=[BLUE]),
+    "JPEG 2000": encode(red(), "JPEG2000"),
+    "Adobe's inverted CMYK JPEG": RED_CMYK_JPEG,
+    "inverted CMYK JPEG without Adobe's marker": without_adobe_marker(RED_CMYK_JPEG),
+    "YCCK JPEG": ycck_jpeg(),
+    "16 bit RGB PNG": png(12, 10, 16, 2, (b"\0" + struct.pack(">3H", *(257 * v for v in RED)) * 12) * 10),
+    "JPEG with garbage after its end": encode(red(), "JPEG", quality=95) + b"\0\xffgarbage" * 100,
+    "PNG with a wrong checksum of its pixels": flip_bit(RED_PNG, RED_PNG.index(b"IEND") - 5),
+    "PNG without its last chunk": RED_PNG[:-12],
+    "JPEG with a colour profile": encode(red(), "JPEG", quality=95, icc_profile=PROFILE),
+    "PNG with a broken colour profile": encode(red(), icc_profile=b"no profile"),
     "CMYK TIFF": encode(red("CMYK"), "TIFF"),
     "YCbCr TIFF": encode(red("YCbCr"), "TIFF"),
     "opaque RGBA": encode(red("RGBA")),
@@ -92,10 +135,20 @@ def test_grey_images(kind):
     assert pixels.shape == (10, 12, 1) and pixels.dtype == np.uint8 and (pixels == value).all()
 
 
+def two_colours() -> Image.Image:
+    """A palette image: left half colour 0, black; right half colour 1, dark grey."""
+    image = Image.new("P", (12, 10), 0)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.paste(1, (6, 0, 12, 10))
+    return image
+
+
 TRANSPARENT = {
     "RGBA PNG": encode(half_transparent("RGBA")),
     "LA PNG": encode(half_transparent("LA")),
+    "palette PNG with a transparent index": encode(two_colours(), transparency=1),
     "palette PNG with alpha": encode(half_transparent("RGBA").quantize(4)),
+    "16 bit LA PNG": png(12, 10, 16, 4, (b"\0" + struct.pack(">2H", 0, 65535) * 6 + bytes(24)) * 10),
     "RGBA WebP": encode(half_transparent("RGBA"), "WEBP", lossless=True),
     "GIF with alpha": encode(half_transparent("RGBA"), "GIF"),
     "RGB PNG with a transparent colour": encode(
@@ -140,29 +193,41 @@ def test_an_odd_exif_field_does_not_lose_the_photograph():
     assert decode_image(encode(red(), "JPEG", exif=odd)).shape == (12, 10, 3)
 
 
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_of_claimed_size(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+def zip_of(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("image.png", data)
+    return buffer.getvalue()
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+HALF_GIF = encode(NOISE.quantize(64), "GIF")[:1500]
 BAD = {
     "no bytes": (b"", "empty"),
-    "text": (b"<html>404 Not Found</html>", "not-an-image"),
+    "text": (b"a caption of an image\n", "not-an-image"),
+    "a page that says it is not there": (b"<!DOCTYPE html><html><h1>404 Not Found</h1></html>", "not-an-image"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>', "not-an-image"),
+    "PDF": (encode(red(), "PDF"), "not-an-image"),
+    "PostScript": (encode(red(), "EPS"), "not-an-image"),
+    "ZIP": (zip_of(RED_PNG), "not-an-image"),
     "zeros": (bytes(1000), "not-an-image"),
     "a header alone": (encode(NOISE, "JPEG")[:4], "not-an-image"),
     "half a JPEG": (encode(NOISE, "JPEG")[:2000], "truncated"),
     "half a PNG": (encode(NOISE, "PNG")[:6000], "truncated"),
+    "a JPEG without its last two bytes": (encode(NOISE, "JPEG")[:-2], "truncated"),
+    "half a TIFF": (encode(NOISE, "TIFF")[:6000], "truncated"),
     "half a BMP": (encode(NOISE, "BMP")[:6000], "truncated"),
-    "half a GIF": (encode(NOISE.quantize(64), "GIF")[:1500], "truncated"),
+    "half a GIF": (HALF_GIF, "truncated"),
     "half a WebP": (encode(NOISE, "WEBP", lossless=True)[:3000], "undecodable"),
-    "a large bomb": (png_of_claimed_size(60_000, 60_000), "decompression-bomb"),
-    "a bomb that Pillow only warns of": (png_of_claimed_size(10_000, 10_000), "decompression-bomb"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not-an-image"),
+    "a large bomb": (png(60_000, 60_000, 8, 2, bytes(100)), "decompression-bomb"),
+    "a bomb that Pillow only warns of": (png(10_000, 10_000, 8, 2, bytes(100)), "decompression-bomb"),
+    "a bomb GIF": (b"GIF89a" + struct.pack("<HH", 20_000, 20_000) + HALF_GIF[10:], "decompression-bomb"),
+    "a PNG of no width": (png(0, 10, 8, 2, bytes(10)), "not-an-image"),
+    "a JPEG of no width": (encode(NOISE, "JPEG").replace(b"\0\x40\0\x40", b"\0\x40\0\0", 1), "not-an-image"),
+    "a PNG with a wrong checksum of its header": (flip_bit(RED_PNG, 8 + 8 + 13), "not-an-image"),
+    "a PNG with a flipped bit in its pixels": (flip_bit(RED_PNG, RED_PNG.index(b"IDAT") + 10), "undecodable"),
+    "noise that starts like a JPEG": (b"\xff\xd8\xff" + NOISE.tobytes()[:500], "not-an-image"),
+    "noise that starts like a PNG": (RED_PNG[:8] + NOISE.tobytes()[:500], "not-an-image"),
 }
 
 
@@ -172,6 +237,25 @@ def test_bad_content_is_named(case):
     with pytest.raises(BadImage) as error:
         decode_image(data)
     assert error.value.kind == kind and error.value.message
+
+
+def test_postscript_is_not_handed_to_another_program(tmp_path, monkeypatch):
+    called = tmp_path / "called"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {called}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(BadImage):
+        decode_image(BAD["PostScript"][0])
+    assert not called.exists()
+
+
+def test_the_ending_of_a_file_does_not_matter(tmp_path):
+    (tmp_path / "photo.png").write_bytes(COLOUR["JPEG"])
+    source = ImageFolder(SourceOptions(name="image-folder", path=str(tmp_path)), ImageOptions())
+    (uri,) = source.list_images("train")["uri"].to_pylist()
+    assert np.array_equal(source.decode(source.fetch(uri)).image, decode_image(COLOUR["JPEG"]))
 
 
 SEEDS = [*COLOUR.values(), *(data for data, _ in GREY_VALUE.values()), *TRANSPARENT.values(), turned(6)]
@@ -194,62 +278,3 @@ def test_damaged_bytes_give_pixels_or_a_bad_image_and_no_warning(data, changes, 
         except BadImage:
             return
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[-1] in (1, 3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    height=st.integers(1, 90),
-    width=st.integers(1, 90),
-    size=st.integers(8, 64),
-    source_channels=st.sampled_from([1, 3]),
-    channels=st.sampled_from([1, 3]),
-)
-def test_every_view_has_the_promised_shape(height, width, size, source_channels, channels):
-    image = np.random.default_rng(0).integers(0, 256, (height, width, source_channels), dtype=np.uint8)
-    options = ImageOptions(size=size, channels=channels)
-    for view in VIEWS:
-        pixels = apply_view(image, view, options)
-        assert pixels.shape == (size, size, channels) and pixels.dtype == np.uint8
-
-
-def test_an_image_of_the_right_size_is_not_touched():
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(apply_view(image, "center", ImageOptions(size=32)), image)
-    assert np.array_equal(apply_view(image, "flip", ImageOptions(size=32)), image[:, ::-1])
-
-
-def test_the_middle_is_kept():
-    image = np.zeros((16, 48, 3), np.uint8)
-    image[:, 16:32] = 255
-    assert (apply_view(image, "center", ImageOptions(size=16)) == 255).all()
-    assert (apply_view(image.transpose(1, 0, 2), "center", ImageOptions(size=16)) == 255).all()
-
-
-def test_shrinking_is_antialiased():
-    stripes = np.zeros((256, 256, 1), np.uint8)
-    stripes[:, ::2] = 255
-    small = apply_view(stripes, "center", ImageOptions(size=32, channels=1)).astype(int)
-    assert np.abs(small - 127).max() <= 8
-
-
-def test_grey_is_luminance_and_rgb_of_grey_is_grey():
-    green = np.zeros((8, 8, 3), np.uint8)
-    green[..., 1] = 255
-    assert (apply_view(green, "center", ImageOptions(size=8, channels=1)) == 150).all()
-    grey = np.full((8, 8, 1), 77, np.uint8)
-    assert (apply_view(grey, "center", ImageOptions(size=8, channels=3)) == 77).all()
-
-
-def test_images_that_cannot_be_cropped_are_bad_images():
-    with pytest.raises(BadImage) as error:
-        apply_view(np.zeros((0, 5, 3), np.uint8), "center", ImageOptions(size=8))
-    assert error.value.kind == "too-small"
-    with pytest.raises(BadImage) as error:
-        apply_view(np.zeros((1, 50_000, 1), np.uint8), "center", ImageOptions(size=256))
-    assert error.value.kind == "decompression-bomb"
-
-
-def test_the_specification_tells_options_apart():
-    specs = [preprocessing_spec(ImageOptions(**changes)) for changes in ({}, {"size": 64}, {"channels": 1})]
-    assert specs[0] == preprocessing_spec(ImageOptions()) and specs[0]["version"] == images.PREPROCESSING_VERSION
-    assert all(specs[0] != other for other in specs[1:])

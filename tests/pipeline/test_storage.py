@@ -11,9 +11,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
+from s3_support import FAULTS, break_store
 
 from pipeline import storage
-from stages.errors import TesseraError
+from stages.errors import StorageError, TesseraError
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +77,8 @@ def test_a_multipart_upload_does_not_overwrite(s3, tmp_path, monkeypatch):
 
 def test_missing_files(folder):
     path = storage.join(folder, "nothing")
-    for read in (storage.read_bytes, storage.size, lambda p: storage.read_range(p, 0, 1), storage.local_copy):
+    chunks = lambda p: list(storage.read_chunks(p))  # noqa: E731
+    for read in (storage.read_bytes, storage.size, lambda p: storage.read_range(p, 0, 1), chunks, storage.local_copy):
         if read is storage.local_copy and storage.is_local(path):
             continue
         with pytest.raises(FileNotFoundError):
@@ -112,6 +114,49 @@ def test_local_copy_follows_the_contents(folder):
             assert file.read() == data
 
 
+def test_large_files_are_read_in_pieces_and_downloaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 1000)
+    path, data = storage.join(folder, "file"), os.urandom(2500)
+    storage.put_if_absent(path, data)
+    pieces = list(storage.read_chunks(path))
+    assert [len(piece) for piece in pieces] == [1000, 1000, 500] and b"".join(pieces) == data
+    storage.download(path, str(tmp_path / "download"))
+    assert (tmp_path / "download").read_bytes() == data
+
+
+def test_a_file_is_opened_to_read_and_seek(folder):
+    path = storage.join(folder, "file")
+    with pytest.raises(FileNotFoundError):
+        with storage.open_read(path) as file:
+            file.read()
+    storage.put_if_absent(path, b"0123456789")
+    with storage.open_read(path) as file:
+        assert file.read(2) == b"01"
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == b"789"
+    assert file.closed
+
+
+def test_a_file_knows_when_it_was_written(folder):
+    path = storage.join(folder, "file")
+    assert storage.modified_time(path) == float("inf"), "what is gone is not old"
+    started = time.time()
+    storage.put_if_absent(path, b"x")
+    assert started - 60 < storage.modified_time(path) < time.time() + 60
+
+
+def test_unfinished_files_are_listed_apart_when_they_are_old(folder, tmp_path):
+    storage.put_if_absent(storage.join(folder, "a", "done"), b"x")
+    assert storage.list_temporary_files(folder, older_than=time.time() + 60) == []
+    old, new = (tmp_path / "folder" / "a" / f"{storage.TEMPORARY}{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    expected = [str(old)] if storage.is_local(folder) else []
+    assert storage.list_temporary_files(folder, older_than=2000) == expected
+
+
 def test_half_written_files_are_not_listed(tmp_path):
     code = f"""
 import os, sys
@@ -136,6 +181,7 @@ def test_paths():
     assert storage.join("a/", "/b/", "c") == "a/b/c"
     assert storage.absolute("a") == os.path.abspath("a")
     assert storage.absolute("s3://bucket/key/") == "s3://bucket/key"
+    assert not storage.is_local(storage.absolute("s3://"))
     assert storage.is_local("/a") and not storage.is_local("s3://bucket/a")
 
 
@@ -234,3 +280,40 @@ def test_conflicts_are_retried(bad_store, monkeypatch):
     bad_store.conflicts = 1000
     with pytest.raises(OSError):
         storage.put_if_absent("s3://bucket/other", b"mine")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_store_are_named_with_the_way_out(s3_server, tmp_path, monkeypatch, fault):
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    path, words = break_store(monkeypatch, fault)
+    uses = {
+        "exists": lambda: storage.exists(f"{path}/file"),
+        "size": lambda: storage.size(f"{path}/file"),
+        "read_bytes": lambda: storage.read_bytes(f"{path}/file"),
+        "read_range": lambda: storage.read_range(f"{path}/file", 0, 1),
+        "list_files": lambda: storage.list_files(path),
+        "local_copy": lambda: storage.local_copy(f"{path}/file"),
+        "delete_tree": lambda: storage.delete_tree(path),
+        "put_if_absent": lambda: storage.put_if_absent(f"{path}/file", b"data"),
+        "put_file_if_absent": lambda: storage.put_file_if_absent(f"{path}/file", str(file)),
+        "replace": lambda: storage.replace(f"{path}/file", b"data"),
+    }
+    for name, use in uses.items():
+        with pytest.raises(StorageError) as caught:
+            use()
+        text = str(caught.value)
+        assert text.startswith(f"path is {path}") and all(word in text for word in words), (name, text)
+        assert isinstance(caught.value, OSError), "what retries faults of storage retries this one"
+    with pytest.raises(StorageError, match=f"^codes.path is {path}, but ") as caught:
+        storage.check_reachable("codes.path", path)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_store_that_answers_is_reachable_whether_or_not_anything_is_there(folder):
+    storage.check_reachable("codes.path", folder)
+
+
+def test_faults_of_local_files_are_not_blamed_on_the_store(s3, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        storage.put_file_if_absent(storage.join(s3, "file"), str(tmp_path / "missing"))

@@ -1,37 +1,31 @@
 import dataclasses
 import hashlib
 import io
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from code_dataset_support import files_of
 from PIL import Image
 from tests_support import TINY_TOKENIZER
 
-from pipeline import storage
+from pipeline import storage, tokenize_images
+from pipeline.binding import check_dataset
 from pipeline.code_dataset import CodeDataset
+from pipeline.code_dataset.parts import CROP_COLUMNS
 from pipeline.code_dataset.verify import verify_code_dataset
-from pipeline.images import apply_view
-from pipeline.shard_tasks import encode_views
+from pipeline.encoding import encode_views
 from pipeline.sources import open_source
 from pipeline.tokenize_images import TokenizeOptions, gpus_per_encoder, shards_per_decoder, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
-from stages.config import to_yaml
-from stages.errors import ArtefactError, ConfigError, TesseraError
+from pipeline.views import apply_view, crop_of, expand_views, render, render_map
+from stages.errors import ArtefactError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
-ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 40
 BAD = {"a/text.png": b"this is no image", "b/empty.png": b"", "b/half.png": None}
 
@@ -53,9 +47,9 @@ def images(tmp_path_factory):
     return str(folder)
 
 
-def stored_tokenizer(folder, **changes):
+def stored_tokenizer(folder):
     torch.manual_seed(0)
-    store_tokenizer(Tokenizer(dataclasses.replace(TINY_TOKENIZER, **changes)), str(folder))
+    store_tokenizer(Tokenizer(TINY_TOKENIZER), str(folder))
     return str(folder)
 
 
@@ -82,6 +76,26 @@ def summary(options, ray_cluster):
 
 def with_codes(options, **changes):
     return dataclasses.replace(options, codes=dataclasses.replace(options.codes, **changes))
+
+
+def with_source(options, **changes):
+    return dataclasses.replace(options, source=SourceOptions(**changes))
+
+
+@pytest.fixture(scope="module")
+def unswept(options, tmp_path_factory, ray_cluster):
+    """The dataset as a job leaves it that is killed once it has published: its shards are still there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_images, "collect_garbage", lambda root: [])
+        return tokenize(with_codes(options, path=str(tmp_path_factory.mktemp("unswept") / "codes")))
+
+
+def copy_dataset(source, target, leave_out=lambda name: False):
+    for path in storage.list_files(source):
+        name = path[len(source) + 1 :]
+        if not leave_out(name):
+            storage.put_file_if_absent(storage.join(target, name), path)
+    return target
 
 
 @pytest.mark.ray
@@ -119,6 +133,15 @@ def test_the_summary_is_what_was_written(options, summary):
 
 
 @pytest.mark.ray
+def test_the_dataset_is_bound_to_its_tokenizer_images_and_arithmetic(options, summary):
+    dataset = CodeDataset.open(summary.dataset, verify=True)
+    check_dataset(dataset, options.tokenizer.path, options.images)
+    assert len(dataset.manifest["probe"]["codes"]) == 64
+    assert dataset.manifest["encode"] == {"precision": "fp32", "tf32": False, "batch_size": 8}
+    assert sum(encoder["num_shards"] for encoder in dataset.manifest["encoders"]) == 8
+
+
+@pytest.mark.ray
 def test_what_is_not_an_image_is_quarantined_with_its_reason(images, summary):
     files = storage.list_files(storage.join(summary.dataset, "quarantine"))
     rows = {Path(row["uri"]).name: row for file in files for row in pq.read_table(file).to_pylist()}
@@ -138,17 +161,115 @@ def test_a_finished_dataset_is_left_alone(options, summary):
 
 
 @pytest.mark.ray
-def test_other_encoders_complete_a_dataset_to_the_same_root_hash(options, summary, tmp_path):
+def test_shards_are_gone_once_they_are_published(options, summary, unswept, tmp_path):
+    assert files_of(summary.dataset, "shards") == [] and len(files_of(unswept.dataset, "shards")) == 8
+    folder = copy_dataset(unswept.dataset, str(tmp_path / "codes"))
+    again = tokenize(with_codes(options, path=folder))
+    assert again.root_hash == summary.root_hash and files_of(folder, "shards") == []
+    assert verify_code_dataset(folder) == []
+
+
+@pytest.mark.ray
+def test_other_encoders_complete_a_dataset_to_the_same_root_hash(options, summary, unswept, tmp_path):
     """Half of the shards are there already; encoders that hold every CPU do the rest."""
-    folder = str(tmp_path / "codes")
-    for path in storage.list_files(summary.dataset):
-        name = path[len(summary.dataset) + 1 :]
-        is_late = name.startswith(("versions", "manifests"))
-        if not is_late and not (name.startswith("receipts") and int(Path(name).stem) % 2):
-            storage.put_file_if_absent(storage.join(folder, name), path)
+
+    def is_missing(name):
+        return name.startswith(("versions", "manifests", "data")) or (
+            name.startswith("receipts") and int(Path(name).stem) % 2
+        )
+
+    folder = copy_dataset(unswept.dataset, str(tmp_path / "codes"), leave_out=is_missing)
+    receipts = {path: os.stat(path).st_mtime_ns for path in files_of(folder, "receipts")}
     finished = tokenize(with_codes(options, path=folder, num_encoder_actors=2))
     assert finished.root_hash == summary.root_hash
+    assert len(receipts) == 4 and {path: os.stat(path).st_mtime_ns for path in receipts} == receipts
     assert verify_code_dataset(folder) == []
+
+
+@pytest.mark.ray
+def test_the_rows_do_not_depend_on_the_size_of_a_shard(options, summary, tmp_path):
+    """Nor on whether so many shards are compacted in Ray tasks."""
+    one = CodeDataset.open(summary.dataset, verify=True)
+    other = CodeDataset.open(
+        tokenize(with_codes(options, path=str(tmp_path / "codes"), shard_size=2)).dataset, verify=True
+    )
+    assert other.manifest["plan_fp"] != one.manifest["plan_fp"]
+    rows = np.arange(one.num_rows)
+    assert other.describe(rows).equals(one.describe(rows))
+    np.testing.assert_array_equal(other.labels(rows), one.labels(rows))
+    assert (other.codes(rows) == one.codes(rows)).mean() > 0.999  # near ties may fall either way in another batch
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_the_same_file_twice_is_reported_and_dropped_on_demand(options, ray_cluster, tmp_path, drop_duplicates):
+    contents = (0, 1, 2, 1, 0)
+    for number, seed in enumerate(contents):
+        (tmp_path / f"{number}.png").write_bytes(png(seed))
+    job = with_source(options, name="image-folder", path=str(tmp_path))
+    root = tokenize(
+        with_codes(job, path=str(tmp_path / "codes"), shard_size=2, drop_duplicates=drop_duplicates)
+    ).dataset
+    originals, pairs = {}, []
+    for row in open_source(job.source, job.images).list_images("train").to_pylist():
+        first = originals.setdefault(contents[int(Path(row["uri"]).stem)], row["image_id"])
+        pairs.append((row["image_id"], first))
+    repeated = [pair for pair in pairs if pair[0] != pair[1]]
+    (file,) = files_of(root, "duplicates")
+    assert [(row["image_id"], row["first_image_id"]) for row in pq.read_table(file).to_pylist()] == repeated
+    dataset = CodeDataset.open(root, verify=True)
+    counts = dataset.manifest["counts"]
+    assert (counts["n_input"], counts["n_duplicates"], counts["n_dedup_dropped"]) == (5, 2, 2 * drop_duplicates)
+    kept = [image_id for image_id, first in pairs if image_id == first or not drop_duplicates]
+    assert dataset.image_ids(np.arange(dataset.num_rows))[::2].tolist() == kept
+    assert verify_code_dataset(root) == []
+
+
+@pytest.fixture(scope="module")
+def rich(options, ray_cluster, tmp_path_factory):
+    """Scenes with many crops and two kinds of condition maps: the options, the dataset and its examples by image id."""
+    job = with_source(options, name="scenes", num_images=5)
+    images = dataclasses.replace(options.images, views=("center", "ten-crop@1.2", "random-crop:3@0.6"))
+    job = dataclasses.replace(job, images=images)
+    path = str(tmp_path_factory.mktemp("rich") / "codes")
+    job = with_codes(job, path=path, conditions=("segmentation", "depth"), shard_size=3, row_group_rows=16)
+    dataset = CodeDataset.open(tokenize(job).dataset, verify=True)
+    source = open_source(job.source, job.images)
+    listing = source.list_images("train").to_pylist()
+    return job, dataset, {row["image_id"]: source.decode(source.fetch(row["uri"])) for row in listing}
+
+
+def crops_of(job, examples):
+    """Of every row: its example and its crop."""
+    views = expand_views(job.images.views)
+    return [(example, crop_of(view, i, *example.image.shape[:2])) for i, example in examples.items() for view in views]
+
+
+@pytest.mark.ray
+def test_rows_of_many_crops_know_where_they_lie_and_hold_their_codes(rich):
+    job, dataset, examples = rich
+    crops = crops_of(job, examples)
+    assert dataset.num_rows == len(crops) == 5 * 14 and dataset.manifest["views"][1] == "ten-crop@1.2/0"
+    rows = np.arange(len(crops))
+    found = [tuple(row[name] for name in CROP_COLUMNS) for row in dataset.describe(rows).to_pylist()]
+    expected = [(c.left, c.top, c.width, c.height, c.is_flipped) for _, c in crops]
+    np.testing.assert_allclose(np.array(found, float), np.array(expected, float), rtol=1e-6)
+    assert len(set(found)) == 1 + 10 + 5 * 3, "scenes are equally large, and only random crops are of their own"
+    pixels = np.stack([render(example.image, crop, job.images) for example, crop in crops])
+    codes = encode_views(open_tokenizer(job.tokenizer.path), pixels, job.codes)
+    assert (dataset.codes(rows) == codes).mean() > 0.999  # near ties may fall either way in another batch
+
+
+@pytest.mark.ray
+def test_conditions_are_stored_under_the_same_crop(rich):
+    job, dataset, examples = rich
+    assert dataset.conditions == ("segmentation", "depth") and dataset.row_group_rows == 16
+    for name in dataset.conditions:
+        maps = [render_map(example.conditions[name], crop, dataset.grid) for example, crop in crops_of(job, examples)]
+        found = dataset.condition(name, np.arange(dataset.num_rows))
+        np.testing.assert_array_equal(found, np.stack(maps).reshape(-1, 64))
+        assert len(np.unique(found)) > 3
+    assert verify_code_dataset(dataset.path) == []
 
 
 @pytest.mark.ray
@@ -194,69 +315,10 @@ def test_a_storage_fault_fails_the_job(options, ray_cluster, tmp_path):
 def test_another_plan_in_the_folder_is_refused(options, summary):
     for job in (
         with_codes(options, encode_batch_size=4),
+        with_codes(options, encode_precision="bf16"),
+        with_codes(options, remap_unused=True),
         dataclasses.replace(options, images=dataclasses.replace(options.images, views=("center",))),
         dataclasses.replace(options, source=dataclasses.replace(options.source, num_images=10)),
     ):
         with pytest.raises(ArtefactError, match="holds a code dataset of plan"):
             tokenize(job)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"size": 17}, "images.size is 17"),
-        ({"channels": 1}, "images.channels is 1"),
-        ({"views": ("center", "mirror")}, "images.views is"),
-        ({"views": ("flip", "flip")}, "each once"),
-        ({"views": ()}, "at least one view"),
-    ],
-)
-def test_images_that_do_not_fit_are_refused(options, tmp_path, change, message):
-    job = with_codes(options, path=str(tmp_path / "codes"))
-    with pytest.raises(ConfigError, match=message):
-        tokenize(dataclasses.replace(job, images=dataclasses.replace(options.images, **change)))
-    assert not (tmp_path / "codes").exists()
-
-
-def test_a_codebook_larger_than_the_column_is_refused(options, tmp_path):
-    path = stored_tokenizer(tmp_path / "tokenizer", codebook_size=65537, codebook_dim=1)
-    job = with_codes(options, path=str(tmp_path / "codes"))
-    with pytest.raises(ConfigError, match="codebook_size is 65537"):
-        tokenize(dataclasses.replace(job, tokenizer=TokenizerOptions(path=path)))
-    assert not (tmp_path / "codes").exists()
-
-
-@pytest.mark.parametrize("section, error", [("source", ConfigError), ("tokenizer", ArtefactError)])
-def test_missing_inputs_are_named(options, tmp_path, section, error):
-    job = with_codes(options, path=str(tmp_path / "codes"))
-    missing = dataclasses.replace(getattr(options, section), path=str(tmp_path / "nothing"))
-    with pytest.raises(error, match=f"{section}.path is {tmp_path / 'nothing'}"):
-        tokenize(dataclasses.replace(job, **{section: missing}))
-    assert not (tmp_path / "codes").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("num_kills", [1, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_killed_drivers_lose_and_repeat_nothing(options, summary, place, num_kills, tmp_path, request):
-    path = str(tmp_path / "codes") if place == "local" else request.getfixturevalue("s3")
-    config = tmp_path / "config.yaml"
-    config.write_text(to_yaml(with_codes(options, path=path)))
-    command = [sys.executable, "ray_job.py", "tokenize", "-c", str(config), "--json"]
-    choice = random.Random(0)
-    for kill in range(num_kills):
-        driver = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=DEVNULL, stderr=DEVNULL)
-        wait_for_progress(driver, path, num_receipts=kill * 7 // num_kills + 2)
-        time.sleep(choice.random() * 0.2)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-    finished = subprocess.run(command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert json.loads(finished.stdout.splitlines()[-1])["root_hash"] == summary.root_hash
-    assert verify_code_dataset(path) == []
-
-
-def wait_for_progress(driver, path, num_receipts):
-    """Until so many shards are done, or the job is over."""
-    while driver.poll() is None and len(storage.list_files(storage.join(path, "receipts"))) < num_receipts:
-        time.sleep(0.02)

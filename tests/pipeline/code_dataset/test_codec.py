@@ -12,7 +12,9 @@ def test_unpack_inverts_pack(bits, num_rows, num_codes, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (num_rows, num_codes))
     packed = pack(codes, bits)
     assert packed.dtype == np.uint8 and packed.shape == (num_rows, bytes_per_row(num_codes, bits))
-    np.testing.assert_array_equal(unpack(packed, num_codes, bits), codes)
+    unpacked = unpack(packed, num_codes, bits)
+    assert unpacked.dtype == np.uint16
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 @given(bits=st.integers(1, 16), codes=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20))

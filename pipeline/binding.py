@@ -1,0 +1,72 @@
+"""Whether a tokenizer and image options are those that a code dataset was made with."""
+
+from typing import Any
+
+from pipeline.code_dataset import CodeDataset
+from pipeline.encoding import prepare_encoder
+from pipeline.probe import check_probe
+from pipeline.tokenizers import open_tokenizer
+from pipeline.views import preprocessing_spec
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.tokenizer import Tokenizer
+from stages.options import CodesOptions, ImageOptions
+
+
+def encoding_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How a dataset's codes were made: tokenizer fingerprint, preprocessing, numeric mode, and the golden images' codes."""
+    return {
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        **{name: manifest.get(name) for name in ("preprocess", "encode", "probe")},
+    }
+
+
+def check_tokenizer(path: str, tokenizer: Tokenizer, encoding: dict[str, Any], made_for: str) -> None:
+    """Refuses a tokenizer that is not the one that made the codes, or that works otherwise on this machine.
+
+    Args:
+        path: of the tokenizer, for the message.
+        tokenizer: as it is about to be used.
+        encoding: of the code dataset.
+        made_for: the code dataset or checkpoint that rests on those codes, for the message.
+
+    Raises:
+        ArtefactError: naming both sides.
+    """
+    if tokenizer.fingerprint != encoding["tokenizer"]:
+        raise ArtefactError(
+            f"tokenizer.path is {path} with fingerprint {tokenizer.fingerprint}, but {made_for} rests on codes of tokenizer "
+            f"{encoding['tokenizer']}. Name that tokenizer."
+        )
+    if encoding["probe"]:
+        mode = encoding["encode"]
+        options = CodesOptions(encode_precision=mode["precision"], encode_batch_size=mode["batch_size"])
+        device = next(tokenizer.parameters()).device
+        check_probe(prepare_encoder(tokenizer, device), options, encoding["probe"], made_for)
+
+
+def check_dataset(dataset: CodeDataset, tokenizer_path: str, images: ImageOptions) -> None:
+    """Refuses a configuration whose tokenizer or image options are not those that a code dataset was made with.
+
+    Raises:
+        ArtefactError: another tokenizer, a damaged one, or a machine that encodes otherwise.
+        ConfigError: other image options.
+    """
+    encoding = encoding_of(dataset.manifest)
+    check_preprocessing(images, dataset)
+    check_tokenizer(tokenizer_path, open_tokenizer(tokenizer_path), encoding, f"the code dataset {dataset.path}")
+
+
+def check_preprocessing(images: ImageOptions, dataset: CodeDataset) -> None:
+    """Refuses image options other than those the codes were made with.
+
+    Raises:
+        ConfigError: naming every key that differs, with both values.
+    """
+    here, there = preprocessing_spec(images), dataset.manifest["preprocess"]
+    differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    if differing:
+        ours = ", ".join(f"images.{key} is {here.get(key)}" for key in differing)
+        theirs = ", ".join(f"{key} {there.get(key)}" for key in differing)
+        raise ConfigError(
+            f"{ours}, but the code dataset {dataset.path} was made with {theirs}. Set images as they were for tokenize."
+        )

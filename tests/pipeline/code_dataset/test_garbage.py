@@ -1,0 +1,87 @@
+import os
+import time
+
+import numpy as np
+import pytest
+from code_dataset_support import Recipe, files_of
+
+from pipeline import storage
+from pipeline.code_dataset import CodeDataset
+from pipeline.code_dataset.garbage import CONTENT_FOLDERS, collect_garbage
+from pipeline.code_dataset.plan import freeze
+from pipeline.code_dataset.verify import verify_code_dataset
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
+
+
+def strays(root):
+    """One file of a dead attempt per folder."""
+    paths = [storage.join(root, folder, "plan", "part-00000-0123456789abcdef.parquet") for folder in CONTENT_FOLDERS]
+    for path in paths:
+        storage.put_if_absent(path, b"stray")
+    return paths
+
+
+def half_written(root):
+    freeze(root, Recipe().plan)
+    for shard in (0, 2):
+        Recipe().write_shard(root, shard)
+
+
+def test_of_a_published_dataset_everything_else_goes(root):
+    Recipe(duplicate_of=((9, 2),)).write(root)
+    shards, kept = files_of(root, "shards"), set(storage.list_files(root))
+    assert len(shards) == 3
+    garbage = {*shards, *strays(root)}
+    assert set(collect_garbage(root)) == garbage
+    assert set(storage.list_files(root)) == kept - garbage
+    assert verify_code_dataset(root) == []
+    rows = np.arange(38)
+    np.testing.assert_array_equal(CodeDataset.open(root, verify=True).codes(rows), Recipe().codes.reshape(38, 6))
+    assert collect_garbage(root) == []
+
+
+def test_what_a_job_may_still_be_writing_stays(root):
+    half_written(root)
+    strays(root)
+    before = storage.list_files(root)
+    assert collect_garbage(root) == []
+    assert storage.list_files(root) == before
+
+
+def test_of_a_dataset_that_was_given_up_what_has_no_receipt_goes(root):
+    half_written(root)
+    before = storage.list_files(root)
+    garbage = strays(root)
+    assert sorted(collect_garbage(root, grace_seconds=-60.0)) == sorted(garbage)
+    assert storage.list_files(root) == before
+    Recipe().write(root)
+    assert verify_code_dataset(root) == []
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_temporary_files_go_when_they_are_old(tmp_path, is_published):
+    root = str(tmp_path)
+    (Recipe().write if is_published else half_written)(root)
+    collect_garbage(root)
+    old, new = (tmp_path / "receipts" / f"{storage.TEMPORARY}{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert collect_garbage(root) == [str(old)]
+    assert new.exists()
+
+
+def test_the_plan_receipts_and_configuration_are_never_garbage(tmp_path):
+    root = Recipe().write(tmp_path)
+    storage.put_if_absent(storage.join(root, "config.yaml"), b"codes: {}")
+    kept = ["config.yaml", "manifests", "plans", "receipts", "versions", "data", "quarantine"]
+    collect_garbage(root, grace_seconds=-60.0)
+    assert sorted({path[len(root) + 1 :].split("/")[0] for path in storage.list_files(root)}) == sorted(kept)
+
+
+def test_nothing_is_garbage_where_there_is_nothing(root):
+    assert collect_garbage(root) == []

@@ -1,0 +1,111 @@
+"""A real S3 server on the loopback device: SeaweedFS, started and stopped by tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import s3fs
+
+from pipeline import storage
+
+BUCKET = "codes"
+CLOSED_PORT = 9  # discard: nothing listens there
+
+# What can be wrong with a store: how to connect, a path, and what the error has to say.
+FAULTS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "no bucket": ({}, "s3://no-such-bucket/folder", ("there is no bucket no-such-bucket", "Create it")),
+    "wrong secret": (
+        {"key": "testkey", "secret": "wrong"},
+        f"s3://{BUCKET}/folder",
+        ("refuses access", "AWS_SECRET_ACCESS_KEY"),
+    ),
+    "no server": (
+        {"endpoint_url": f"http://127.0.0.1:{CLOSED_PORT}", "config_kwargs": {"retries": {"max_attempts": 0}}},
+        f"s3://{BUCKET}/folder",
+        ("cannot be reached", "AWS_ENDPOINT_URL"),
+    ),
+    "no scheme": (
+        {"endpoint_url": "127.0.0.1:1"},
+        f"s3://{BUCKET}/folder",
+        ("Invalid endpoint", "AWS_ENDPOINT_URL"),
+    ),
+    "bad name": ({}, "s3://no:bucket/folder", ("no place in an S3 store", "Write s3://bucket/folder")),
+}
+
+
+def break_store(monkeypatch: pytest.MonkeyPatch, fault: str) -> tuple[str, tuple[str, ...]]:
+    """Lets storage meet a fault of `FAULTS`; returns a path to use and what its error has to say."""
+    options, path, words = FAULTS[fault]
+    fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, **options)
+    monkeypatch.setattr(storage, "_fs", lambda: fs)
+    return path, words
+
+
+@contextmanager
+def running_server(folder: str) -> Iterator[dict[str, str]]:
+    """SeaweedFS with its data in `folder`; yields, and sets, the AWS environment variables that lead to it."""
+    ports = free_ports(4)
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testkey",
+        "AWS_SECRET_ACCESS_KEY": "testsecret12345",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[3]}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        command = server_command(folder, ports)
+        server = subprocess.Popen(command, env=server_environment(), stderr=subprocess.DEVNULL, cwd=folder)
+        try:
+            wait_until_ready(server)
+            yield environment
+        finally:
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports such that +10000, which SeaweedFS uses for gRPC, is a port too."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        candidate = socket.socket()
+        candidate.bind(("127.0.0.1", 20000 + int.from_bytes(os.urandom(2), "little") % 8000))
+        sockets.append(candidate)
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def server_command(folder: str, ports: list[int]) -> list[str]:
+    master, volume, filer, s3 = ports
+    weed = os.path.join(os.path.dirname(sys.executable), "weed")
+    options = f"""-ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -bucket={BUCKET}
+        -master.port={master} -volume.port={volume} -filer.port={filer} -s3.port={s3}
+        -s3.port.iceberg=0 -s3.port.lance=0 -admin.ui=false -webdav=false
+        -s3.autoCreateBucket=false -master.telemetry=false"""
+    return [weed, "-logdir", folder, "mini", *options.split()]
+
+
+def server_environment() -> dict[str, str]:
+    return {**os.environ, "GOMEMLIMIT": "300MiB", "GOGC": "50"}
+
+
+def wait_until_ready(server: subprocess.Popen, seconds: float = 60) -> None:
+    """Listing answers before writing does, so a write is what is waited for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            storage.replace(f"s3://{BUCKET}/ready", b"")
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)

@@ -6,13 +6,12 @@ changes nothing, so a killed job is run again and does only what is missing.
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-import ray.data
 
 from pipeline import storage
 from pipeline.code_dataset.codec import num_bits
@@ -21,12 +20,12 @@ from pipeline.code_dataset.manifest import is_published, read_manifest
 from pipeline.code_dataset.parts import RowFormat
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
-from pipeline.code_dataset.receipts import finished_shards, read_receipts
+from pipeline.code_dataset.receipts import read_receipts
 from pipeline.encoding import numeric_mode, prepare_encoder
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
-from pipeline.progress import Progress
-from pipeline.shard_tasks import ShardEncoder, ShardJob, decode_shard
+from pipeline.shard_jobs import encode_missing_shards, map_on_ray
+from pipeline.shard_tasks import ShardJob
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import expand_views, preprocessing_spec
@@ -38,10 +37,8 @@ from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerO
 logger = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 3
-SHARDS_PER_DECODER = 100
 MAX_SHARD_BYTES = 2 << 30  # of one Arrow block in the object store
 NUM_TRIED = 100  # images that are tried for one that can be decoded
-SMALL_MAP, MAP_CHUNK = 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,20 @@ def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Toke
     root = options.codes.path
     tokenizer = prepare_encoder(tokenizer, next(tokenizer.parameters()).device)
     probe = freeze_probe(root, plan.fingerprint, tokenizer, options.codes)
-    _encode_missing_shards(options, plan, source, tokenizer, probe)
+    job = ShardJob(
+        source=source,
+        images=options.images,
+        codes=options.codes,
+        views=tuple(plan.identity["views"]),
+        grid=tokenizer.grid(options.images.size),
+        row_format=_row_format(options, plan, tokenizer),
+        plan_fingerprint=plan.fingerprint,
+        plan_images=ray.put(plan.images),
+        tokenizer_path=options.tokenizer.path,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        probe=probe,
+    )
+    encode_missing_shards(job, plan.num_shards)
     receipts = read_receipts(root, plan.fingerprint, plan.num_shards)
     check_quarantine(root, receipts, options.codes.max_quarantined_fraction)
     publish(
@@ -105,17 +115,8 @@ def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Toke
         drop_duplicates=options.codes.drop_duplicates,
         remap_unused=options.codes.remap_unused,
         row_group_rows=options.codes.row_group_rows,
-        run=_map_on_ray,
+        run=map_on_ray,
     )
-
-
-def _map_on_ray(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """`map` in Ray tasks; in this process where there is little to do."""
-    if len(items) <= SMALL_MAP:
-        return list(map(function, items))
-    chunks = [items[i : i + MAP_CHUNK] for i in range(0, len(items), MAP_CHUNK)]
-    apply: Any = ray.remote(lambda chunk: list(map(function, chunk)))
-    return [result for results in ray.get([apply.remote(chunk) for chunk in chunks]) for result in results]
 
 
 def _summary(root: str, plan: Plan) -> TokenizeSummary:
@@ -256,70 +257,3 @@ def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> 
         },
         "lineage": lineage(),
     }
-
-
-def _encode_missing_shards(
-    options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Tokenizer, probe: dict[str, Any]
-) -> None:
-    done = finished_shards(options.codes.path, plan.fingerprint)
-    missing = [shard for shard in range(plan.num_shards) if shard not in done]
-    logger.info("%d of %d shards are missing", len(missing), plan.num_shards)
-    if not missing:
-        return
-    job = ShardJob(
-        source=source,
-        images=options.images,
-        codes=options.codes,
-        views=tuple(plan.identity["views"]),
-        grid=tokenizer.grid(options.images.size),
-        row_format=_row_format(options, plan, tokenizer),
-        plan_fingerprint=plan.fingerprint,
-        plan_images=ray.put(plan.images),
-        tokenizer_path=options.tokenizer.path,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        probe=probe,
-    )
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = None  # a shard's pixels stay one block, so an encoder always sees a whole shard
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
-        shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
-        decoded = shards.map_batches(
-            decode_shard,  # type: ignore[arg-type]  # Ray's annotations know no Arrow tables
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"job": job},
-            max_calls=shards_per_decoder(options.codes.num_encoder_actors),
-        )
-        committed = decoded.map_batches(
-            ShardEncoder,
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,
-            num_gpus=gpus_per_encoder(options.codes.num_encoder_actors),
-            compute=ray.data.ActorPoolStrategy(size=options.codes.num_encoder_actors),
-            fn_constructor_kwargs={"job": job},
-        )
-        _wait(committed, len(missing))
-
-
-def shards_per_decoder(num_encoder_actors: int) -> int | None:
-    """Shards that a process decodes before a fresh one takes its place; None for no such limit.
-
-    The limit keeps decoding in processes of its own: where both ask Ray for the same, Ray Data moves decoding into the
-    encoders' processes, to alternate with encoding. Where encoders hold every CPU, nothing else could run, so there it may.
-    """
-    has_other_cpus = ray.cluster_resources().get("CPU", 0.0) > num_encoder_actors
-    return SHARDS_PER_DECODER if has_other_cpus else None
-
-
-def gpus_per_encoder(num_encoder_actors: int) -> float:
-    """An equal share of the cluster's GPUs for each encoder, at most one; 0 in a cluster without GPUs."""
-    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_encoder_actors)
-
-
-def _wait(committed: ray.data.Dataset, num_missing: int) -> None:
-    """Runs the job to its end."""
-    progress = Progress("missing shards", num_missing, logger)
-    for batch in committed.iter_batches(batch_size=None, batch_format="pyarrow"):
-        progress.advance(len(batch))

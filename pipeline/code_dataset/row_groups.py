@@ -160,7 +160,8 @@ class CachedRowGroups:
         extent, file = self._extent_of(group), self._file(group)
         try:
             with open(file, "rb") as cached:
-                extent.check(cached.read()[: extent.num_bytes])
+                data = cached.read()
+            extent.check(data[: len(data) - READ_AHEAD])
             return
         except (FileNotFoundError, ArtefactError):
             pass  # not here, or not whole

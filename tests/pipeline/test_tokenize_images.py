@@ -18,8 +18,9 @@ from pipeline.code_dataset import CodeDataset
 from pipeline.code_dataset.parts import CROP_COLUMNS
 from pipeline.code_dataset.verify import verify_code_dataset
 from pipeline.encoding import encode_views
+from pipeline.shard_jobs import gpus_per_encoder, shards_per_decoder
 from pipeline.sources import open_source
-from pipeline.tokenize_images import TokenizeOptions, gpus_per_encoder, shards_per_decoder, tokenize
+from pipeline.tokenize_images import TokenizeOptions, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import apply_view, crop_of, expand_views, render, render_map
 from stages.errors import ArtefactError, TesseraError

@@ -142,6 +142,7 @@ def resume(dataset: CodeDataset, repeats: int) -> None:
                 next(steps)
                 times.append(time.perf_counter() - started)
                 steps.close()
+                opened.settle()  # or the checks of this start would run beside the next one
 
             times: list[float] = []
             for _ in range(repeats + 1):

@@ -24,6 +24,7 @@ from pipeline import storage
 from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
 from pipeline.loader import CodeLoader, LoadedStep, dataset_order, open_dataset
+from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
 from stages.errors import ArtefactError, TesseraError
 from stages.memory import keep_freed_memory
@@ -248,6 +249,7 @@ class _Worker:
             "zero_stage": options.deepspeed.zero_stage,
             "precision": options.train.precision,
             "sampler": {
+                "version": SAMPLER_VERSION,
                 "seed": options.run.seed,
                 "global_batch_size": options.train.global_batch_size,
                 "step": self.step,
@@ -283,6 +285,7 @@ def check_resumable(
             content["sampler"]["global_batch_size"],
             options.train.global_batch_size,
         ),
+        ("Tessera", "sampler version", content["sampler"].get("version"), SAMPLER_VERSION),
         ("train.shuffle_window", "window", content["sampler"]["window"], options.train.shuffle_window),
         ("deepspeed.zero_stage", "ZeRO stage", content["zero_stage"], options.deepspeed.zero_stage),
         ("train.precision", "precision", content["precision"], options.train.precision),

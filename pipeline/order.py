@@ -18,7 +18,7 @@ from numba import njit
 from stages.hashing import hash64
 
 NUM_ROUNDS = 6
-SAMPLER_VERSION = 1
+SAMPLER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -150,25 +150,31 @@ def _mix(value: np.uint64) -> np.uint64:
 
 
 @njit(nogil=True, cache=True)
-def _half_bits(size: int) -> int:
-    """Half the width of the smallest network that reaches `size`: it permutes a power of four, at most 4 times too large."""
-    bits = 0
-    while (max(size - 1, 1) >> bits) > 0:
+def _num_bits(size: int) -> int:
+    """Bits of the smallest network that reaches `size`: it permutes a power of two, less than twice too large."""
+    bits = 2
+    while (size - 1) >> bits > 0:
         bits += 1
-    return (bits + 1) // 2
+    return bits
 
 
 @njit(nogil=True, cache=True)
 def _permute(position: int, size: int, keys: np.ndarray) -> np.int64:
-    """Where `permute` takes one position: through the network until the result is inside the range."""
-    half = np.uint64(_half_bits(size))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    value = np.uint64(position)
+    """Where `permute` takes one position: through the network until the result is inside the range.
+
+    The halves of the network differ by one bit if the number of bits is odd; they trade places after every round, and an even
+    number of rounds brings them back.
+    """
+    bits = _num_bits(size)
+    value, low = np.uint64(position), np.uint64(bits // 2)
+    high = np.uint64(bits) - low
     while True:
-        left, right = value >> half, value & mask
+        left, right = value >> low, value & ((np.uint64(1) << low) - np.uint64(1))
+        width, other = high, low
         for key in keys:
-            left, right = right, left ^ (_mix(key ^ right) & mask)
-        value = (left << half) | right
+            left, right = right, left ^ (_mix(key ^ right) & ((np.uint64(1) << width) - np.uint64(1)))
+            width, other = other, width
+        value = (left << low) | right
         if value < np.uint64(size):
             return np.int64(value)
 
@@ -176,14 +182,16 @@ def _permute(position: int, size: int, keys: np.ndarray) -> np.int64:
 @njit(nogil=True, cache=True)
 def _position_of(image: int, size: int, keys: np.ndarray) -> np.int64:
     """The inverse of `_permute`."""
-    half = np.uint64(_half_bits(size))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    value = np.uint64(image)
+    bits = _num_bits(size)
+    value, low = np.uint64(image), np.uint64(bits // 2)
+    high = np.uint64(bits) - low
     while True:
-        left, right = value >> half, value & mask
+        left, right = value >> low, value & ((np.uint64(1) << low) - np.uint64(1))
+        width, other = low, high
         for key in keys[::-1]:
-            left, right = right ^ (_mix(key ^ left) & mask), left
-        value = (left << half) | right
+            left, right = right ^ (_mix(key ^ left) & ((np.uint64(1) << width) - np.uint64(1))), left
+            width, other = other, width
+        value = (left << low) | right
         if value < np.uint64(size):
             return np.int64(value)
 

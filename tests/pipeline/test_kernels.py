@@ -1,9 +1,11 @@
 """The compiled loops against arithmetic on whole numbers, which shares nothing with them."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import kernels
 from pipeline.kernels import READ_AHEAD, gather_bytes, gather_codes, pack_codes
 
 NO_REMAP = np.zeros(0, np.uint16)
@@ -66,3 +68,11 @@ def test_bytes_of_any_rows_in_any_order_are_gathered(width, group_shift, num_row
     gather_bytes(addresses, rows, group_shift, width, out)
     np.testing.assert_array_equal(out, values[rows])
     del groups
+
+
+@pytest.mark.skipif(not kernels.HAS_DEPOSIT, reason="this processor has no PDEP")
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_both_ways_to_spread_four_codes_agree(bits):
+    for word in np.random.default_rng(bits).integers(0, 2**64, 20, np.uint64):
+        lanes = [(int(word) >> (i * bits)) % 2**bits << (16 * i) for i in range(4)]
+        assert kernels._spread_in_halves(word, bits) == kernels._spread_at_once(word, bits) == sum(lanes)

@@ -33,7 +33,7 @@ GRID, CODEBOOK_SIZE, BATCH, SHARD_SIZE = (16, 16), 1024, 1024, 65_536
 MANY_ROWS = 1_000_000_000
 
 
-def write_dataset(root: str, codes: np.ndarray) -> CodeDataset:
+def write_dataset(root: str, codes: np.ndarray, row_group_rows: int | None = None) -> CodeDataset:
     """A published dataset of these codes (n, 256), without images or a tokenizer."""
     n = len(codes)
     row_format = RowFormat(num_codes=codes.shape[1], codebook_size=CODEBOOK_SIZE, has_labels=False)
@@ -60,7 +60,8 @@ def write_dataset(root: str, codes: np.ndarray) -> CodeDataset:
         "tokenizer": {"fingerprint": "f" * 64},
         "codec": {"name": "pack_le", "num_codes": codes.shape[1], "codebook_size": CODEBOOK_SIZE},
     }
-    publish(root, read_receipts(root, plan.fingerprint, plan.num_shards), description)
+    receipts = read_receipts(root, plan.fingerprint, plan.num_shards)
+    publish(root, receipts, description, row_group_rows=row_group_rows)
     return CodeDataset.open(root, verify=True)
 
 

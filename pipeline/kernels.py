@@ -142,6 +142,24 @@ def gather_codes(
 
 
 @njit(nogil=True, cache=True)
+def span(values: np.ndarray) -> tuple[int, int]:
+    """Smallest and largest of int64 values, of which there is at least one."""
+    low = high = values[0]
+    for value in values:
+        low, high = min(low, value), max(high, value)
+    return low, high
+
+
+@njit(nogil=True, cache=True)
+def any_absent(addresses: np.ndarray, groups: np.ndarray) -> bool:
+    """Whether a group has no address yet."""
+    for group in groups:
+        if addresses[group] == 0:
+            return True
+    return False
+
+
+@njit(nogil=True, cache=True)
 def gather_bytes(
     addresses: np.ndarray, rows: np.ndarray, group_shift: int, row_bytes: int, out_NB: np.ndarray
 ) -> None:

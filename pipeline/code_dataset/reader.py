@@ -16,7 +16,7 @@ from pipeline.code_dataset.integrity import file_problems, size_problems
 from pipeline.code_dataset.manifest import read_manifest, row_format_of
 from pipeline.code_dataset.parts import CODES, DESCRIBED, IMAGE_ID, LABEL, VIEW
 from pipeline.code_dataset.row_groups import CachedRowGroups, Extent, LocalRowGroups, RowGroups, default_cache_folder
-from pipeline.kernels import gather_bytes
+from pipeline.kernels import gather_bytes, span
 from stages.errors import ArtefactError
 
 DEFAULT_CACHE_BYTES = 64 << 30
@@ -152,14 +152,13 @@ class CodeDataset:
         if name not in self._columns:
             self._columns[name] = self._open_column(name)
         column = self._columns[name]
-        column.require(rows >> self._group_shift)
-        if wait:
-            column.settle()
+        column.require(rows >> self._group_shift, wait=wait)
         return column.addresses
 
     def _check_range(self, rows: np.ndarray) -> None:
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
-            raise IndexError(f"rows span [{rows.min()}, {rows.max()}], but the dataset has {self.num_rows}")
+        low, high = span(rows) if len(rows) else (0, 0)
+        if not 0 <= low <= high < self.num_rows:
+            raise IndexError(f"rows span [{low}, {high}], but the dataset has {self.num_rows}")
 
     def _open_column(self, name: str) -> RowGroups:
         num_groups = -(-self.num_rows // self.row_group_rows)

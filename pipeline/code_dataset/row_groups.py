@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from pipeline import storage
-from pipeline.kernels import READ_AHEAD
+from pipeline.kernels import READ_AHEAD, any_absent
 from stages.errors import ArtefactError
 
 NUM_FETCHERS = 8
@@ -49,8 +49,13 @@ class RowGroups(Protocol):
 
     addresses: np.ndarray  # uint64 (num_groups,), 0 where a group is not in memory
 
-    def require(self, groups: np.ndarray) -> None:
-        """Brings groups into memory. ArtefactError when one is missing or, as far as is known, damaged."""
+    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
+        """Brings groups into memory. ArtefactError when one is missing or, as far as is known, damaged.
+
+        Args:
+            groups: int64 (n,), of any order and number.
+            wait: for the checks of groups that were not in memory; without it they may run beside the caller.
+        """
 
     def prefetch(self, groups: Iterable[int]) -> None:
         """Starts bringing groups near."""
@@ -74,18 +79,21 @@ class LocalRowGroups:
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-group-checker")
         self._checks: list[Future[None]] = []
 
-    def require(self, groups: np.ndarray) -> None:
+    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
         self._raise_known()
-        is_missing = self.addresses[groups] == 0
-        if not is_missing.any():
-            return
-        found = []
-        for group in np.unique(groups[is_missing]).tolist():
-            extent = self._extent_of(group)
-            values = self._map(extent.path)[extent.offset : extent.offset + extent.num_bytes]
-            self.addresses[group] = values.ctypes.data
-            found.append((extent, values))
-        self._checks.append(self._checker.submit(_check_all, found))
+        if any_absent(self.addresses, groups):
+            found = []
+            for group in np.unique(groups[self.addresses[groups] == 0]).tolist():
+                extent = self._extent_of(group)
+                values = self._map(extent.path)[extent.offset : extent.offset + extent.num_bytes]
+                if wait:
+                    extent.check(values)
+                self.addresses[group] = values.ctypes.data
+                found.append((extent, values))
+            if not wait:
+                self._checks.append(self._checker.submit(_check_all, found))
+        if wait and self._checks:
+            self.settle()
 
     def prefetch(self, groups: Iterable[int]) -> None:
         pass  # the kernel reads ahead
@@ -132,7 +140,7 @@ class CachedRowGroups:
         self._lock = threading.Lock()
         os.makedirs(folder, exist_ok=True)
 
-    def require(self, groups: np.ndarray) -> None:
+    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
         wanted = np.unique(groups).tolist()
         missing = [group for group in wanted if not self.addresses[group]]
         self.prefetch(missing)

@@ -114,7 +114,9 @@ def run_tokenize(args: argparse.Namespace) -> Any:
     if args.gc:
         from pipeline.code_dataset.garbage import collect_garbage
 
-        return {"dataset": options.codes.path, "deleted": collect_garbage(options.codes.path)}
+        deleted = collect_garbage(options.codes.path)
+        print(f"{options.codes.path}: {len(deleted)} files deleted")
+        return {"dataset": options.codes.path, "deleted": deleted}
     with connected():
         return tokenize(options)
 

@@ -20,7 +20,8 @@ from cluster.train_loop import WEIGHTS
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
-from pipeline.sources import open_source
+from pipeline.binding import encoding_of
+from pipeline.code_dataset import CodeDataset
 from pipeline.tokenize_images import TokenizeOptions, tokenize
 from stages.config import to_dict
 from stages.errors import ArtefactError, ConfigError
@@ -60,7 +61,8 @@ def make_tokenizer(folder: str, seed: int) -> str:
     return save_tokenizer(Tokenizer(config), folder)
 
 
-def make_checkpoint(run_path: str, root_hash: str, tokenizer_fingerprint: str, num_classes: int) -> Commit:
+def make_checkpoint(run_path: str, dataset: CodeDataset) -> Commit:
+    num_classes = len(dataset.class_names)
     torch.manual_seed(0)
     options = ModelOptions(num_layers=1, hidden_size=16, num_heads=2)
     config = transformer_config(
@@ -79,8 +81,9 @@ def make_checkpoint(run_path: str, root_hash: str, tokenizer_fingerprint: str, n
     content = {
         "step": STEP,
         "train_loss": 3.0,
-        "root_hash": root_hash,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "root_hash": dataset.root_hash,
+        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
+        "encoding": encoding_of(dataset.manifest),
         "transformer": to_dict(config),
         "files": [file_entry(os.path.join(folder, WEIGHTS), WEIGHTS)],
     }
@@ -93,10 +96,9 @@ def options(ray_cluster, tmp_path_factory) -> EvaluateOptions:
     root = tmp_path_factory.mktemp("evaluate")
     source, images = SourceOptions(num_images=60, num_holdout_images=48), ImageOptions(size=SIZE)
     tokenizer, codes = TokenizerOptions(path=str(root / "tokenizer")), CodesOptions(path=str(root / "codes"))
-    fingerprint = make_tokenizer(tokenizer.path, seed=0)
-    summary = tokenize(TokenizeOptions(source=source, images=images, tokenizer=tokenizer, codes=codes))
-    num_classes = len(open_source(source, images).class_names)
-    make_checkpoint(str(root / "run"), summary.root_hash, fingerprint, num_classes)
+    make_tokenizer(tokenizer.path, seed=0)
+    tokenize(TokenizeOptions(source=source, images=images, tokenizer=tokenizer, codes=codes))
+    make_checkpoint(str(root / "run"), CodeDataset.open(codes.path, verify=True))
     return EvaluateOptions(
         run=RunOptions(path=str(root / "run")),
         source=source,
@@ -227,7 +229,9 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(options, tmp_path
     other_tokenizer = dataclasses.replace(options, tokenizer=TokenizerOptions(path=str(tmp_path / "tokenizer")))
     with pytest.raises(ArtefactError, match=f"tokenizer.path is .*{fingerprint}.* trained on codes of tokenizer"):
         evaluate(other_tokenizer)
-    commit = make_checkpoint(str(tmp_path / "run"), "e" * 64, fingerprint, num_classes=0)
+    other_codes = CodeDataset.open(options.codes.path, verify=False)
+    other_codes.root_hash = "e" * 64
+    commit = make_checkpoint(str(tmp_path / "run"), other_codes)
     with pytest.raises(ArtefactError, match="codes.path is .* trained on the code dataset with root hash e{64}"):
         evaluate(dataclasses.replace(options, checkpoint=commit.path))
     with pytest.raises(ConfigError, match="images.size is 32"):

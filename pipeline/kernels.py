@@ -151,12 +151,12 @@ def span(values: np.ndarray) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def any_absent(addresses: np.ndarray, groups: np.ndarray) -> bool:
-    """Whether a group has no address yet."""
+def first_absent(addresses: np.ndarray, groups: np.ndarray) -> int:
+    """The first of the groups that has no address yet; -1 if all have one."""
     for group in groups:
         if addresses[group] == 0:
-            return True
-    return False
+            return group
+    return -1
 
 
 @njit(nogil=True, cache=True)

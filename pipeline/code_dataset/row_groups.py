@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from pipeline import storage
-from pipeline.kernels import READ_AHEAD, any_absent
+from pipeline.kernels import READ_AHEAD, first_absent
 from stages.errors import ArtefactError
 
 NUM_FETCHERS = 8
@@ -81,17 +81,16 @@ class LocalRowGroups:
 
     def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
         self._raise_known()
-        if any_absent(self.addresses, groups):
-            found = []
-            for group in np.unique(groups[self.addresses[groups] == 0]).tolist():
-                extent = self._extent_of(group)
-                values = self._map(extent.path)[extent.offset : extent.offset + extent.num_bytes]
-                if wait:
-                    extent.check(values)
-                self.addresses[group] = values.ctypes.data
-                found.append((extent, values))
-            if not wait:
-                self._checks.append(self._checker.submit(_check_all, found))
+        found = []
+        while (group := first_absent(self.addresses, groups)) >= 0:
+            extent = self._extent_of(group)
+            values = self._map(extent.path)[extent.offset : extent.offset + extent.num_bytes]
+            if wait:
+                extent.check(values)
+            self.addresses[group] = values.ctypes.data
+            found.append((extent, values))
+        if found and not wait:
+            self._checks.append(self._checker.submit(_check_all, found))
         if wait and self._checks:
             self.settle()
 

@@ -61,7 +61,8 @@ def freeze_probe(root: str, plan_fingerprint: str, tokenizer: Tokenizer, options
     """Stores the probe of a plan unless there is one, and returns the one that is stored, with the hash of its file."""
     path = probe_path(root, plan_fingerprint)
     storage.put_if_absent(path, canonical_json(make_probe(tokenizer, options)))
-    return {**read_json(path), "file_sha256": sha256_hex(storage.read_bytes(path))}
+    probe = read_json(path)
+    return {**probe, "file_sha256": sha256_hex(canonical_json(probe))}
 
 
 def check_probe(tokenizer: Tokenizer, options: CodesOptions, probe: dict[str, Any], made_for: str) -> None:

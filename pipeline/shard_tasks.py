@@ -84,7 +84,6 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     data, stage = b"", "fetch"
     try:
         data = fetch(job.source, row["uri"])
-        row = {**row, "sha256": hashlib.sha256(data).hexdigest()}
         stage = "decode"
         example = job.source.decode(data)
         crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.views]
@@ -94,7 +93,8 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         return {**row, "stage": stage, "kind": error.kind, "message": error.message, "sha256": digest}
     pixels = np.stack([render(example.image, crop, job.images) for crop in crops])
     boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
-    return {**row, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
+    digest = hashlib.sha256(data).hexdigest()
+    return {**row, "sha256": digest, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
 
 
 def _maps(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> bytes:

@@ -66,7 +66,14 @@ def run_plan(args: argparse.Namespace) -> Any:
     for name, path in section_paths(config.source).items():
         check_reachable(f"source.{name}", path)
     source = open_source(config.source, config.images)
-    derived = derive(config, len(source.list_images("train")), len(source.class_names))
+    derived = derive(
+        config,
+        len(source.list_images("train")),
+        len(source.class_names),
+        gpu=args.gpu,
+        mfu=args.mfu,
+        hours=args.hours,
+    )
     print(render(config, derived))
     return {"config": to_dict(config), "derived": derived}
 
@@ -124,11 +131,21 @@ def run_tokenize(args: argparse.Namespace) -> Any:
 def run_train(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.train_job import train
-    from cluster.train_loop import TrainJobOptions
+    from cluster.train_options import TrainJobOptions
 
     options = select(TrainJobOptions, checked_config(args))
     with connected():
         return train(options)
+
+
+def run_export(args: argparse.Namespace) -> Any:
+    from cluster.export import export
+    from pipeline.storage import absolute, check_reachable
+
+    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
+    check_reachable("CHECKPOINT", checkpoint)
+    check_reachable("--output", output)
+    return export(checkpoint, output, which=args.weights, dtype=args.dtype)
 
 
 def run_sample(args: argparse.Namespace) -> Any:
@@ -229,15 +246,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     def configured(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
         command.add_argument(
-            "-c", "--config", required=True, metavar="CONFIG", help="YAML file; see docs/configuration.md"
+            "-c",
+            "--config",
+            required=True,
+            action="append",
+            metavar="CONFIG",
+            help="YAML file, see docs/configuration.md; given again, its keys go over those of the files before",
         )
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="merged on top of the file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="merged on top of the files")
         return command
 
     demo = add("demo", run_demo, "Everything once, small, in minutes.", "--output demo_output")
     demo.add_argument("--output", default="demo_output", help="folder for all artefacts and the report")
     demo.add_argument("--source", default="scenes", help="scenes, fashion-mnist, or a folder of images")
-    configured(add("plan", run_plan, "Checks a configuration and prints what follows from it.", "-c configs/demo.yaml"))
+    plan = configured(
+        add(
+            "plan",
+            run_plan,
+            "Checks a configuration and prints what follows from it.",
+            "-c configs/imagenet.yaml -c configs/models/llamagen-b.yaml --gpu H100",
+        )
+    )
+    plan.add_argument("--gpu", metavar="NAME", help="A100, H100, H200, B200 or L40S: hours, and whether memory suffices")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that the run reaches (%(default)s)")
+    plan.add_argument("--hours", type=float, help="how fast the run must be to take so long")
     configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
     importer = add(
         "import-tokenizer",
@@ -248,12 +280,12 @@ def build_parser() -> argparse.ArgumentParser:
     importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
     importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
     importer.add_argument("--output", required=True, help="folder of the new tokenizer")
-    exporter = add(
+    tokenizer_exporter = add(
         "export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported"
     )
-    exporter.add_argument("tokenizer", help="folder of a tokenizer")
-    exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
-    exporter.add_argument("--output", required=True, help="folder for the weights")
+    tokenizer_exporter.add_argument("tokenizer", help="folder of a tokenizer")
+    tokenizer_exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
+    tokenizer_exporter.add_argument("--output", required=True, help="folder for the weights")
     tokenize = configured(
         add(
             "tokenize",
@@ -282,6 +314,16 @@ def build_parser() -> argparse.ArgumentParser:
             "-c configs/demo.yaml train.num_steps=2000",
         )
     )
+    exporter = add(
+        "export",
+        run_export,
+        "Writes a checkpoint's weights for inference as safetensors.",
+        "runs/default/checkpoints/step-000010000-5f2c… --output exported",
+    )
+    exporter.add_argument("checkpoint", help="folder of a checkpoint, of any world size and ZeRO stage")
+    exporter.add_argument("--output", required=True, help="folder for transformer.safetensors and config.json")
+    exporter.add_argument("--weights", default="average", choices=["average", "last"], help="averaged, where it has them")
+    exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate = configured(

@@ -25,6 +25,8 @@ from stages.errors import ArtefactError
 logger = logging.getLogger(__name__)
 
 COMMIT = "COMMIT.json"
+WEIGHTS, AVERAGES = "transformer.safetensors", "transformer-average.safetensors"  # of a second-stage checkpoint
+SHARDS = "deepspeed"  # folder of what DeepSpeed saves
 FORMAT = "tessera-checkpoint"
 FORMAT_VERSION = 1
 
@@ -54,6 +56,15 @@ class Commit:
     def train_loss(self) -> float:
         """Loss of the last step, in nats per code."""
         return self.content["train_loss"]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a file of this name."""
+        return any(entry["path"] == name for entry in self.content["files"])
+
+    @property
+    def validation_nll(self) -> float | None:
+        """Nats per code of the held-out images, if they were measured."""
+        return self.content.get("measured", {}).get("validation_nll")
 
 
 def new_attempt() -> str:
@@ -209,18 +220,48 @@ def local_folder(commit: Commit, names: Iterable[str] | None = None) -> Iterator
         yield folder
 
 
-def prune(run_path: str, keep: int) -> None:
-    """Removes all but the newest `keep` commits, COMMIT.json first, and attempts older than the newest commit that never committed."""
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which commits are kept: the newest, those at multiples of so many steps, and the best by validation NLL."""
+
+    newest: int
+    every_steps: int | None = None
+    best: int = 0
+
+    def kept(self, commits: list[Commit]) -> list[Commit]:
+        """Those of these commits, given in order of step, that are kept."""
+        measured = [commit for commit in commits if commit.validation_nll is not None]
+        best = sorted(measured, key=lambda commit: (commit.validation_nll, commit.step))[: self.best]
+        paths = {commit.path for commit in [*commits[-self.newest :], *best]}
+        every = self.every_steps
+        return [commit for commit in commits if commit.path in paths or (every and commit.step % every == 0)]
+
+
+def prune(run_path: str, retention: Retention) -> None:
+    """Removes commits that are not kept, and attempts older than the newest commit that never committed."""
     commits = list_commits(run_path)
-    for commit in commits[:-keep]:
-        storage.delete(storage.join(commit.path, COMMIT))
-        storage.delete_tree(commit.path)
+    kept = {commit.path for commit in retention.kept(commits)}
+    for commit in commits:
+        if commit.path not in kept:
+            _remove(commit)
     if not commits:
         return
-    kept = {commit.path for commit in commits[-keep:]}
     root = storage.join(run_path, "checkpoints")
     folders = {storage.join(root, path[len(root) + 1 :].split("/")[0]) for path in storage.list_files(root)}
     newest = os.path.basename(commits[-1].path)[: len("step-000000000")]
     for folder in folders - kept:
         if os.path.basename(folder)[: len(newest)] < newest:
             storage.delete_tree(folder)
+
+
+def retire_after(run_path: str, step: int) -> None:
+    """Removes the commits of later steps, which a run has undone."""
+    for commit in list_commits(run_path):
+        if commit.step > step:
+            _remove(commit)
+
+
+def _remove(commit: Commit) -> None:
+    """COMMIT.json first: without it the rest is not a checkpoint."""
+    storage.delete(storage.join(commit.path, COMMIT))
+    storage.delete_tree(commit.path)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of the second stage: configuration, construction, weights gathered for inference."""
+"""The DeepSpeed engine of the second stage: configuration, construction, and whole tensors gathered from its shards."""
 
 import os
 from typing import Any
@@ -6,22 +6,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.loader import num_micro_batches
 from stages.options import DeepSpeedOptions, OptimOptions, TrainOptions
-from stages.schedule import warmup_constant, warmup_cosine
+from stages.schedule import warmup_constant, warmup_cosine, warmup_stable_decay
+from stages.second_stage.optimizer import AveragingAdamW
 from stages.second_stage.transformer import Transformer, TransformerConfig, parameter_groups
 
 
 def engine_config(
     train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeedOptions, world_size: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. Batch sizes are derived here and nowhere else."""
+    """DeepSpeed's configuration. Batch sizes are derived here and nowhere else; rows that pad a slice count in them."""
+    num_accumulated = num_micro_batches(train.global_batch_size, train.micro_batch_size, world_size)
+    bucket = {
+        "reduce_bucket_size": deepspeed.bucket_size,
+        "allgather_bucket_size": deepspeed.bucket_size,
+        "stage3_prefetch_bucket_size": deepspeed.bucket_size,
+        "stage3_max_live_parameters": deepspeed.bucket_size,
+        "stage3_max_reuse_distance": deepspeed.bucket_size,
+    }
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": deepspeed.zero_stage, "overlap_comm": False, **bucket}
+    if deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = offload
+    if deepspeed.offload_parameters:
+        zero["offload_param"] = offload
     return {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.micro_batch_size * num_accumulated * world_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "gradient_accumulation_steps": num_accumulated,
         "gradient_clipping": optim.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},
-        "zero_optimization": {"stage": deepspeed.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         # The optimizer is torch's own, also on CPU; DeepSpeed asks to be told that this is meant.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -46,26 +62,55 @@ def build_engine(
 
     settings = engine_config(train, optim, deepspeed, world_size)
     torch.manual_seed(seed)
-    model = Transformer(config)
-    optimizer = torch.optim.AdamW(
+    model = Transformer(config, checkpoint_activations=train.activation_checkpointing)
+    optimizer = AveragingAdamW(
         parameter_groups(model, optim.weight_decay),
+        average_decay=optim.weight_average_decay,
         lr=optim.learning_rate,
         betas=(optim.betas[0], optim.betas[1]),
-        fused=True,
     )
     engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=settings)
+    if deepspeed.zero_stage == 0 and train.precision == "bf16":
+        _undo_first_step(engine)
     return engine
 
 
-def set_learning_rate(engine: Any, optim: OptimOptions, step: int, num_steps: int) -> float:
-    """Sets and returns the learning rate of one step, a pure function of the step."""
+def _undo_first_step(engine: Any) -> None:
+    """DeepSpeed lets an unsharded bf16 optimizer make one step on zero gradients, which decays weights and counts."""
+    for weights, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
+        for weight, copy in zip(weights, copies):
+            copy.data.copy_(weight)
+    engine.basic_optimizer.state.clear()
+
+
+def grad_norm(engine: Any) -> float:
+    """Norm of the gradient over all ranks; between the last backward pass of a step and the optimizer's, or after it if sharded."""
+    found = engine.get_global_grad_norm()
+    if found is not None:
+        return float(found)
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def learning_rate(optim: OptimOptions, train: TrainOptions, step: int) -> float:
+    """The learning rate of one step, a pure function of the step."""
+    per_step = train.global_batch_size
+    warmup = optim.warmup_steps if optim.warmup_samples is None else optim.warmup_samples / per_step
+    decay = optim.decay_steps if optim.decay_samples is None else optim.decay_samples / per_step
+    floor = optim.min_learning_rate_ratio
     if optim.schedule == "constant":
-        factor = warmup_constant(step + 1, optim.warmup_steps)
+        factor = warmup_constant(step + 1, warmup)
+    elif optim.schedule == "cosine":
+        factor = warmup_cosine(step + 1, warmup, train.num_steps, floor)
     else:
-        factor = warmup_cosine(step + 1, optim.warmup_steps, num_steps, optim.min_learning_rate_ratio)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = optim.learning_rate * factor
+        factor = warmup_stable_decay(step + 1, warmup, train.num_steps, decay, floor)
     return optim.learning_rate * factor
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Sets the learning rate of the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
 
 
 def gather_weights(engine: Any, rank: int, zero_stage: int) -> dict[str, Tensor]:

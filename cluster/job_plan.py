@@ -1,19 +1,23 @@
 """Everything that follows from a configuration before any work starts: cross-field checks and derived numbers."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+from cluster.estimates import GPUS, USABLE_MEMORY, rank_memory, row_flop, steps_per_second
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
+from pipeline.loader import num_micro_batches
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.tokenizer import tokenizer_config
 from stages.first_stage.training import build_discriminator
-from stages.options import Config
-from stages.second_stage.transformer import num_parameters, transformer_config
+from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
+from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
 MAX_CODE_BITS = 16
+ZERO_STAGES = range(4)
 
 
 def check_config(config: Config) -> None:
@@ -24,7 +28,10 @@ def check_config(config: Config) -> None:
     """
     tokenizer_config(config.tokenizer, config.images)
     build_discriminator(config.tokenizer_train, config.images.channels, config.images.size)
-    check_batch(config.train, config.scaling.num_workers)
+    _check_num_workers(config.scaling)
+    check_batch(config.train, config.scaling)
+    _check_offloading(config.deepspeed)
+    _check_retention(config.train)
     bits = num_bits(config.tokenizer.codebook_size)
     if bits > MAX_CODE_BITS:
         raise ConfigError(
@@ -42,65 +49,192 @@ def check_config(config: Config) -> None:
         )
 
 
-def derive(config: Config, num_images: int, num_classes: int) -> dict[str, dict[str, Any]]:
-    """Derived numbers by group, for people to read and programs to use. Bytes, counts and FLOP are plain numbers."""
+def _check_num_workers(scaling: ScalingOptions) -> None:
+    numbers = scaling.num_workers
+    if isinstance(numbers, tuple) and (len(numbers) != 2 or numbers[0] > numbers[1]):
+        raise ConfigError(
+            f"scaling.num_workers is {list(numbers)}, but a list must be [min, max] with min at most max. Write e.g. [2, 4], or one number."
+        )
+
+
+def _check_offloading(deepspeed: DeepSpeedOptions) -> None:
+    stage = deepspeed.zero_stage
+    if deepspeed.offload_optimizer and stage < 1:
+        raise ConfigError(
+            f"deepspeed.offload_optimizer is true, but it needs deepspeed.zero_stage of at least 1, which is {stage}. Set "
+            f"deepspeed.zero_stage=1 or turn it off."
+        )
+    if deepspeed.offload_parameters and stage != 3:
+        raise ConfigError(
+            f"deepspeed.offload_parameters is true, but it needs deepspeed.zero_stage=3, which is {stage}. Set deepspeed.zero_stage=3 "
+            f"or turn it off."
+        )
+
+
+def _check_retention(train: TrainOptions) -> None:
+    if train.keep_best and not train.validation_path:
+        raise ConfigError(
+            f"train.keep_best is {train.keep_best}, but without train.validation_path no commit has a validation NLL. Name a code dataset "
+            f"of held-out images, or set train.keep_best=0."
+        )
+
+
+def planned_transformer(config: Config, num_classes: int) -> TransformerConfig:
+    """The transformer on the code dataset that `config` describes and images of so many classes."""
     tokenizer = tokenizer_config(config.tokenizer, config.images)
     side = config.images.size // tokenizer.downsample
-    num_codes, num_views = side * side, len(expand_views(config.images.views))
-    transformer = transformer_config(
+    return transformer_config(
         config.model,
         config.conditioning,
         codebook_size=tokenizer.codebook_size,
         grid=(side, side),
         num_classes=num_classes,
     )
-    parameters = num_parameters(transformer)
-    train, world_size = config.train, config.scaling.num_workers
-    row_bytes = bytes_per_row(num_codes, num_bits(tokenizer.codebook_size))
+
+
+def derive(
+    config: Config,
+    num_images: int,
+    num_classes: int,
+    *,
+    gpu: str | None = None,
+    mfu: float = 0.4,
+    hours: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Derived numbers by group, for people to read and programs to use. Bytes, counts and FLOP are plain numbers.
+
+    Where scaling.num_workers is [min, max], a number that depends on it is the list of both.
+
+    Args:
+        config: a checked one.
+        num_images: for training.
+        num_classes: of the images.
+        gpu: a name from cluster.estimates.GPUS: adds the time that the run takes on it, and whether it has the memory.
+        mfu: model FLOP utilisation, the share of the GPU's peak that the run reaches.
+        hours: adds how fast the run must be to take so long.
+
+    Raises:
+        ConfigError: no such GPU, or one whose peak says nothing about this run; `mfu` or `hours` is out of range.
+    """
+    _check_questions(config.train, gpu, mfu, hours)
+    transformer, train = planned_transformer(config, num_classes), config.train
+    world_sizes = sorted({config.scaling.min_workers, config.scaling.max_workers})
+    flop_per_step = train.global_batch_size * row_flop(transformer)
     steps_per_epoch = math.ceil(num_images / train.global_batch_size)
-    flop_per_row = row_flop(parameters, transformer.num_layers, transformer.hidden_size, num_codes)
-    return {
-        "code dataset": {
-            "images": num_images,
-            "views": num_views,
-            "rows": num_images * num_views,
-            "codes per image": num_codes,
-            "bits per code": num_bits(tokenizer.codebook_size),
-            "bytes per row": row_bytes,
-            "bytes of codes": row_bytes * num_images * num_views,
-            "shards": math.ceil(num_images / config.codes.shard_size),
-        },
+    memory = {size: _memory(config, transformer, size, gpu) for size in world_sizes}
+    groups = {
+        "code dataset": _code_dataset(config, num_images, transformer.num_codes),
         "transformer": {
-            "parameters": parameters,
-            "FLOP per step": flop_per_row * train.global_batch_size,
-            "FLOP of the run": flop_per_row * train.global_batch_size * train.num_steps,
+            "parameters": num_parameters(transformer),
+            "FLOP per step": flop_per_step,
+            "FLOP of the run": flop_per_step * train.num_steps,
         },
         "training": {
-            "world size": world_size,
-            "gradient accumulation steps": train.global_batch_size // (train.micro_batch_size * world_size),
+            "world size": _by_size(world_sizes, lambda size: size),
+            "gradient accumulation steps": _by_size(
+                world_sizes, lambda size: num_micro_batches(train.global_batch_size, train.micro_batch_size, size)
+            ),
             "steps per epoch": steps_per_epoch,
             "epochs": train.num_steps / steps_per_epoch,
             "commits": math.ceil(train.num_steps / train.checkpoint_every_steps),
         },
         "model state bytes per rank": {
-            f"ZeRO-{stage}": model_state_bytes(parameters, stage, world_size, train.precision) for stage in range(4)
+            f"ZeRO-{stage}": _by_size(world_sizes, lambda size: memory[size][f"ZeRO-{stage}"]["model state"])
+            for stage in ZERO_STAGES
         },
+    }
+    groups |= {f"memory per rank at world size {size}": memory[size] for size in world_sizes}
+    if gpu is not None:
+        groups[f"on {gpu} at {mfu:.0%} of its peak"] = _duration(train.num_steps, flop_per_step, world_sizes, gpu, mfu)
+    if hours is not None:
+        groups[f"to finish in {hours:g} hours"] = {
+            "steps per second": train.num_steps / hours / 3600,
+            "FLOP per second": flop_per_step * train.num_steps / hours / 3600,
+        }
+    return groups
+
+
+def _check_questions(train: TrainOptions, gpu: str | None, mfu: float, hours: float | None) -> None:
+    if gpu is not None and gpu not in GPUS:
+        raise ConfigError(f"--gpu is {gpu}, but it must be one of: {', '.join(GPUS)}. Choose the one nearest to yours.")
+    if gpu is not None and train.precision != "bf16":
+        raise ConfigError(
+            f"--gpu is {gpu}, but its peak is that of bf16 and train.precision is {train.precision}. Use train.precision=bf16."
+        )
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu is {mfu:g}, but it must be above 0 and at most 1. 0.4 is usual.")
+    if hours is not None and not hours > 0:
+        raise ConfigError(f"--hours is {hours:g}, but it must be above 0. Raise it.")
+
+
+def _by_size(world_sizes: list[int], value: Callable[[int], Any]) -> Any:
+    """The value at the one world size, or the list of those at the smallest and the largest."""
+    values = [value(size) for size in world_sizes]
+    return values[0] if len(values) == 1 else values
+
+
+def _code_dataset(config: Config, num_images: int, num_codes: int) -> dict[str, Any]:
+    num_views, bits = len(expand_views(config.images.views)), num_bits(config.tokenizer.codebook_size)
+    row_bytes = bytes_per_row(num_codes, bits)
+    return {
+        "images": num_images,
+        "views": num_views,
+        "rows": num_images * num_views,
+        "codes per image": num_codes,
+        "bits per code": bits,
+        "bytes per row": row_bytes,
+        "bytes of codes": row_bytes * num_images * num_views,
+        "shards": math.ceil(num_images / config.codes.shard_size),
     }
 
 
-def row_flop(parameters: int, num_layers: int, hidden_size: int, num_codes: int) -> int:
-    """FLOP of forward and backward for one row: 6 per parameter and position, plus attention's 12 L C T^2 (Chowdhery et al. 2022, B)."""
-    return 6 * parameters * num_codes + 12 * num_layers * hidden_size * num_codes**2
+def _memory(config: Config, transformer: TransformerConfig, world_size: int, gpu: str | None) -> dict[str, Any]:
+    """Bytes by ZeRO stage, with and without activation checkpointing; with a GPU also whether it has them."""
+    stages = {}
+    for stage in ZERO_STAGES:
+        plain, checkpointed = (
+            rank_memory(
+                transformer,
+                config.train,
+                config.optim,
+                config.deepspeed,
+                zero_stage=stage,
+                world_size=world_size,
+                use_gpu=config.scaling.use_gpu or gpu is not None,
+                checkpointing=checkpointing,
+            )
+            for checkpointing in (False, True)
+        )
+        parts = {
+            "weights": plain.weights,
+            "gradients": plain.gradients,
+            "optimizer": plain.optimizer,
+            "buffers": plain.buffers,
+            "step": plain.step,
+            "logits": plain.logits,
+            "activations": plain.activations,
+            "activations checkpointed": checkpointed.activations,
+            "host": plain.host,
+            "model state": plain.weights + plain.gradients + plain.optimizer + plain.host,
+            "peak": plain.peak,
+            "peak checkpointed": checkpointed.peak,
+        }
+        if gpu is not None:
+            usable = USABLE_MEMORY * GPUS[gpu].memory
+            parts |= {"fits": plain.peak <= usable, "fits checkpointed": checkpointed.peak <= usable}
+        stages[f"ZeRO-{stage}"] = parts
+    return stages
 
 
-def model_state_bytes(parameters: int, zero_stage: int, world_size: int, precision: str) -> int:
-    """Weights, gradients and AdamW state per rank (Rajbhandari et al. 2020, section 3).
+def _duration(num_steps: int, flop_per_step: int, world_sizes: list[int], gpu: str, mfu: float) -> dict[str, Any]:
+    def rate(size: int) -> float:
+        return steps_per_second(flop_per_step, size, GPUS[gpu], mfu)
 
-    fp32: 4 + 4 + 8 bytes per parameter; bf16: 2 + 2, and 12 for the fp32 copy with its moments.
-    """
-    weights, gradients, optimizer = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
-    shares = [world_size if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    return math.ceil(parameters * sum(size / share for size, share in zip((weights, gradients, optimizer), shares)))
+    return {
+        "steps per second": _by_size(world_sizes, rate),
+        "hours": _by_size(world_sizes, lambda size: num_steps / rate(size) / 3600),
+        "GPU-hours": _by_size(world_sizes, lambda size: size * num_steps / rate(size) / 3600),
+    }
 
 
 def render(config: Config, derived: dict[str, dict[str, Any]]) -> str:
@@ -109,11 +243,34 @@ def render(config: Config, derived: dict[str, dict[str, Any]]) -> str:
     for section, values in to_dict(config).items():
         lines.append(f"{section}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
     for group, values in derived.items():
-        lines += ["", group] + [f"  {name:<28} {_readable(value)}" for name, value in values.items()]
+        if group.startswith("memory per rank"):
+            lines += ["", f"{group}, GB (parts are not full at the same time, so the peak is less than their sum)"]
+            lines += _memory_table(values)
+        else:
+            lines += ["", group] + [f"  {name:<28} {_readable(value)}" for name, value in values.items()]
     return "\n".join(lines)
 
 
+def _memory_table(stages: dict[str, dict[str, Any]]) -> list[str]:
+    """One line per ZeRO stage and one column per part; `host` and `model state` only where they say something."""
+    names = list(next(iter(stages.values())))
+    names = [name for name in names if name != "model state" and any(parts[name] for parts in stages.values()) or name.startswith("fits")]
+    lines = ["  " + " " * 6 + "".join(f"  {name}" for name in names)]
+    for stage, parts in stages.items():
+        cells = [f"{_cell(parts[name]):>{len(name)}}" for name in names]
+        lines.append(f"  {stage}" + "".join(f"  {cell}" for cell in cells))
+    return lines
+
+
+def _cell(value: int | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value / 1e9:.3g}"
+
+
 def _readable(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_readable(item) for item in value)
     if isinstance(value, float):
-        return f"{value:.2f}"
+        return f"{value:.2f}" if 0.1 <= value < 10**6 else f"{value:.3g}"
     return f"{value:,}" if value < 10**12 else f"{value:.3e}"

@@ -14,9 +14,9 @@ from stages.errors import ArtefactError
 EMPTY_HASH = hashlib.sha256(b"").hexdigest()
 
 
-def step_record(step: int, loss: float, digests: list[int], **scalars: float) -> dict[str, Any]:
-    """One line of the log: `digests[rank]` are 64-bit row digests, kept as hexadecimal text."""
-    return {"step": step, "loss": loss, "digests": [f"{digest:016x}" for digest in digests], **scalars}
+def step_record(step: int, batch: int, loss: float, digests: list[int], **scalars: float) -> dict[str, Any]:
+    """One line of the log: `batch` is the global batch that was consumed, `digests[rank]` are 64-bit row digests, as hexadecimal text."""
+    return {"step": step, "batch": batch, "loss": loss, "digests": [f"{digest:016x}" for digest in digests], **scalars}
 
 
 def global_digest(record: dict[str, Any]) -> int:
@@ -56,3 +56,12 @@ def read_log(run_path: str, segments: list[dict[str, Any]]) -> list[dict[str, An
             raise ArtefactError(f"{path} is damaged: its sha-256 is not {segment['sha256']}. Restore the file.")
         records += [json.loads(line) for line in data.splitlines()]
     return records
+
+
+def read_tail(run_path: str, segments: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """The records of the last steps behind a commit, at least `num_steps` of them if there are so many. Raises like `read_log`."""
+    start, count = len(segments), 0
+    while start > 0 and count < num_steps:
+        start -= 1
+        count += segments[start]["num_steps"]
+    return read_log(run_path, segments[start:])

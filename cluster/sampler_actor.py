@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import checkpoints
-from cluster.train_loop import WEIGHTS
+from cluster.checkpoints import AVERAGES, WEIGHTS
 from pipeline.binding import check_tokenizer
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build
@@ -18,11 +18,17 @@ from stages.second_stage.sampling import sample_codes, sample_labels
 from stages.second_stage.transformer import Transformer, TransformerConfig, nll
 
 
-def load_transformer(commit: checkpoints.Commit) -> Transformer:
-    """The transformer of a checkpoint in float32, in eval mode."""
+def load_weights(commit: checkpoints.Commit, which: str) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint by name: "average" takes the averaged ones where there are any, "last" those of its step."""
+    name = AVERAGES if which == "average" and commit.has(AVERAGES) else WEIGHTS
+    with checkpoints.local_folder(commit, [name]) as folder:
+        return load_file(os.path.join(folder, name))
+
+
+def load_transformer(commit: checkpoints.Commit, which: str = "average") -> Transformer:
+    """The transformer of a checkpoint in float32, in eval mode; `which` as for `load_weights`."""
     model = Transformer(build(TransformerConfig, commit.content["transformer"]))
-    with checkpoints.local_folder(commit, [WEIGHTS]) as folder:
-        weights = load_file(os.path.join(folder, WEIGHTS))
+    weights = load_weights(commit, which)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval().requires_grad_(False)
 
@@ -47,7 +53,7 @@ class SamplerActor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
         check_tokenizer(tokenizer_path, self.tokenizer, commit.content["encoding"], f"checkpoint {checkpoint_path}")
-        self.model = load_transformer(commit).to(self.device)
+        self.model = load_transformer(commit, sampling.weights).to(self.device)
         self.sampling = sampling
 
     def labels(self, start: int, stop: int) -> np.ndarray:

@@ -87,8 +87,13 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
 
 
 def check_batch(options: TokenizerJobOptions) -> None:
-    """Refuses a global batch that the workers do not divide."""
-    size, workers = options.tokenizer_train.global_batch_size, options.scaling.num_workers
+    """Refuses a number of workers that changes, and a global batch that the workers do not divide."""
+    size, scaling = options.tokenizer_train.global_batch_size, options.scaling
+    workers = scaling.max_workers
+    if scaling.min_workers != workers:
+        raise ConfigError(
+            f"scaling.num_workers is [{scaling.min_workers}, {workers}], but train-tokenizer runs with a fixed number. Give one."
+        )
     if size % workers:
         raise ConfigError(
             f"tokenizer_train.global_batch_size is {size}, but it must be a multiple of scaling.num_workers = {workers}. "

@@ -83,7 +83,7 @@ def tokenizer_worker(options: TokenizerJobOptions, num_threads: int) -> None:
 def _batches(shard: Any, options: TokenizerJobOptions, seed: int) -> Iterator[torch.Tensor]:
     """One epoch of float image batches (B, C, H, W) in [-1, 1], mirrored at random where the views allow it."""
     generator = torch.Generator().manual_seed(seed)
-    local_batch = options.tokenizer_train.global_batch_size // options.scaling.num_workers
+    local_batch = options.tokenizer_train.global_batch_size // options.scaling.max_workers
     device = ray.train.torch.get_device()
     batches = shard.iter_torch_batches(
         batch_size=local_batch,
@@ -220,5 +220,5 @@ class _Log:
                 "files": [checkpoints.data_entry([buffer.getvalue()], STATE)],
             }
             checkpoints.write_commit(path, content)
-            checkpoints.prune(self.run_path, keep=2)
+            checkpoints.prune(self.run_path, checkpoints.Retention(newest=2))
         dist.barrier()

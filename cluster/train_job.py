@@ -4,15 +4,20 @@ import logging
 import math
 from dataclasses import dataclass
 
+import ray.train
+
 from cluster import checkpoints
-from cluster.train_loop import TrainJobOptions, check_resumable, dataset_transformer_config, train_worker
+from cluster.resume import check_resumable
+from cluster.stop_request import Stopped, StopRequest
+from cluster.train_loop import train_worker
+from cluster.train_options import TrainJobOptions, dataset_transformer_config
 from cluster.worker_group import check_workers_fit, run_workers
 from pipeline import storage
 from pipeline.binding import check_dataset
 from pipeline.loader import open_dataset
 from stages.config import to_yaml
 from stages.errors import ConfigError
-from stages.options import TrainOptions
+from stages.options import ScalingOptions, TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +42,74 @@ def train(options: TrainJobOptions) -> TrainSummary:
             other artefacts.
         TesseraError: the store of the run lets two writers of one key both win.
     """
-    check_batch(options.train, options.scaling.num_workers)
+    check_batch(options.train, options.scaling)
     dataset = open_dataset(options.codes, verify=options.codes.verify_on_open)
     check_dataset(dataset, options.tokenizer.path, options.images)
     config = dataset_transformer_config(options, dataset)
-    latest = checkpoints.latest_commit(options.run.path)
-    if latest is not None:
-        check_resumable(latest, options, dataset, config, options.scaling.num_workers)
-        if latest.step >= options.train.num_steps:
-            logger.info("%s has step %d already", options.run.path, latest.step)
-            return _summary(options.run.path, latest)
+    newest = _newest(options.run.path)
+    if newest is not None:
+        check_resumable(newest, options, dataset, config)
+        if newest.step >= options.train.num_steps:
+            logger.info("%s has step %d already", options.run.path, newest.step)
+            return _summary(options.run.path, checkpoints.resolve_checkpoint("latest", options.run.path))
     check_workers_fit(options.scaling, needs_data_cpu=False)
     storage.check_conditional_put(options.run.path)
     storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
-    run_workers(train_worker, options, options.scaling, storage.join(options.run.path, "ray"))
-    latest = checkpoints.latest_commit(options.run.path)
-    assert latest is not None and latest.step >= options.train.num_steps
-    return _summary(options.run.path, latest)
+    newest = _run_to_the_end(options)
+    return _summary(options.run.path, newest)
 
 
-def check_batch(train: TrainOptions, num_workers: int) -> None:
-    """Refuses a global batch that micro batches and workers do not divide."""
-    unit = train.micro_batch_size * num_workers
-    if train.global_batch_size % unit:
+def _run_to_the_end(options: TrainJobOptions) -> checkpoints.Commit:
+    """Runs groups of workers, each with `scaling.max_failures` restarts, as long as each commits something."""
+    run_path, stop = options.run.path, StopRequest()
+    with stop.on_sigterm():
+        while True:
+            step_before = _step(_newest(run_path))
+            try:
+                run_workers(train_worker, options, options.scaling, storage.join(run_path, "ray"), stop=stop)
+            except ray.train.TrainingFailedError as error:
+                if stop.is_made or _step(_newest(run_path)) <= step_before:
+                    raise
+                logger.warning("The workers failed too often, but committed since they started: starting again. %s", error)
+                continue
+            newest = _newest(run_path)
+            if newest is not None and newest.step >= options.train.num_steps:
+                return newest
+            if stop.is_made:
+                raise Stopped(
+                    f"SIGTERM ended the run at step {_step(newest)} of {options.train.num_steps}, which is committed. Run the same "
+                    f"command again: it goes on from there."
+                )
+
+
+def check_batch(train: TrainOptions, scaling: ScalingOptions) -> None:
+    """Refuses a global batch that the workers cannot hold, or that a fixed number of them does not divide.
+
+    Where the number of workers changes while a job runs, slices are padded with rows that do not count.
+    """
+    if train.global_batch_size < scaling.max_workers:
+        raise ConfigError(
+            f"train.global_batch_size is {train.global_batch_size}, but each of {scaling.max_workers} workers needs a row. Lower "
+            f"scaling.num_workers to at most {train.global_batch_size}."
+        )
+    unit = train.micro_batch_size * scaling.max_workers
+    if scaling.min_workers == scaling.max_workers and train.global_batch_size % unit:
         nearest = math.ceil(train.global_batch_size / unit) * unit
         raise ConfigError(
             f"train.global_batch_size is {train.global_batch_size}, but it must be a multiple of scaling.num_workers * "
-            f"train.micro_batch_size = {num_workers} * {train.micro_batch_size} = {unit}. Use {nearest}, or change "
+            f"train.micro_batch_size = {scaling.max_workers} * {train.micro_batch_size} = {unit}. Use {nearest}, or change "
             f"train.micro_batch_size."
         )
+
+
+def _newest(run_path: str) -> checkpoints.Commit | None:
+    """The commit of the highest step, its files unchecked: the workers check the one that they load."""
+    commits = checkpoints.list_commits(run_path)
+    return commits[-1] if commits else None
+
+
+def _step(commit: checkpoints.Commit | None) -> int:
+    return 0 if commit is None else commit.step
 
 
 def _summary(run_path: str, commit: checkpoints.Commit) -> TrainSummary:

@@ -5,7 +5,7 @@ import numpy as np
 from cluster import checkpoints, run_log
 from pipeline.code_dataset import CodeDataset
 from pipeline.loader import dataset_order
-from pipeline.order import SampleOrder, rows_digest
+from pipeline.order import SampleOrder, batch_index, rows_digest
 from stages.errors import ArtefactError
 
 
@@ -42,11 +42,11 @@ def _log_problems(run_path: str, commit: checkpoints.Commit) -> list[str]:
     return [
         f"Step {record['step']} of {run_path} consumed other rows than its code dataset prescribes"
         for record in records
-        if run_log.global_digest(record) != _prescribed_digest(order, record["step"])
+        if run_log.global_digest(record) != _prescribed_digest(order, batch_index(record["step"], sampler["skipped"]))
     ]
 
 
-def _prescribed_digest(order: SampleOrder, step: int) -> int:
-    batch = order.batch(step)
+def _prescribed_digest(order: SampleOrder, index: int) -> int:
+    batch = order.batch(index)
     positions = np.flatnonzero(batch.valid)
-    return rows_digest(step, positions, batch.rows[positions])
+    return rows_digest(index, positions, batch.rows[positions])

@@ -11,6 +11,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from cluster.checkpoints import new_attempt
 from cluster.runtime import has_cluster, user_errors
+from cluster.stop_request import StopRequest
 from pipeline import storage
 from stages.errors import ConfigError
 from stages.options import ScalingOptions
@@ -29,27 +30,43 @@ class _LocalTrainer(TorchTrainer):
 
 
 def run_workers(
-    worker: Callable[[Any, int], None],
+    worker: Callable[..., None],
     options: Any,
     scaling: ScalingOptions,
     storage_path: str,
     datasets: dict[str, Any] | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
-    """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group.
+    """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group, and again on all when one fails.
 
     Ray's own state goes to a folder of its own, new for every call: what survives a crash is our commits, not Ray's snapshots.
+
+    Args:
+        worker: also takes the function `should_leave` if `stop` is given.
+        options: of the job.
+        scaling: a range of workers lets the group shrink and grow with the cluster.
+        storage_path: for Ray's own state.
+        datasets: that Ray Train shall split among the ranks.
+        stop: a request that workers shall see.
+
+    Raises:
+        TesseraError: a worker's, after the last restart.
+        ray.train.TrainingFailedError: any other failure.
     """
+    extra = () if stop is None else (stop.should_leave,)
 
     def run_rank() -> None:
         local_world_size = ray.train.get_context().get_local_world_size()
-        worker(options, scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size))
+        worker(options, scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size), *extra)
 
     trainer_class = TorchTrainer if has_cluster() else _LocalTrainer
     trainer = trainer_class(
         run_rank,
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=scaling.num_workers,  # type: ignore[arg-type]  # the stubs are of the older Ray Train
+            elastic_resize_monitor_interval_s=scaling.resize_every_seconds,  # type: ignore[call-arg]
+            placement_strategy=scaling.placement_strategy,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
         ),
@@ -60,6 +77,8 @@ def run_workers(
         ),
         datasets=datasets,
     )
+    # Ray ends a group of which a worker does not answer for so long, such as a stopped process.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(scaling.hang_timeout_seconds))
     try:
         with user_errors():
             trainer.fit()
@@ -70,14 +89,14 @@ def run_workers(
 def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:
     """Refuses a worker group the cluster can never start, which Ray would wait for without end."""
     resources = ray.cluster_resources()
-    cpus, wanted = resources.get("CPU", 0.0), scaling.num_workers * scaling.cpus_per_worker
+    cpus, wanted = resources.get("CPU", 0.0), scaling.min_workers * scaling.cpus_per_worker
     if wanted > cpus or (needs_data_cpu and wanted > cpus - 1):
         spare = ", of which one must stay free for reading images" if needs_data_cpu else ""
         raise ConfigError(
             f"scaling.num_workers * scaling.cpus_per_worker is {wanted:g}, but the cluster has {cpus:g} CPUs{spare}. Lower one of them."
         )
     gpus = resources.get("GPU", 0.0)
-    if scaling.use_gpu and scaling.num_workers > gpus:
+    if scaling.use_gpu and scaling.min_workers > gpus:
         raise ConfigError(
-            f"scaling.num_workers is {scaling.num_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false."
+            f"scaling.num_workers is {scaling.min_workers}, but the cluster has {gpus:g} GPUs. Lower it or use_gpu=false."
         )

@@ -12,7 +12,7 @@ from cluster.sample_job import SampleJobOptions, sample
 from cluster.tokenizer_job import train_tokenizer
 from cluster.tokenizer_loop import TokenizerJobOptions
 from cluster.train_job import train
-from cluster.train_loop import TrainJobOptions
+from cluster.train_options import TrainJobOptions
 from evaluation.evaluate import EvaluateOptions, evaluate
 from evaluation.history import write_report
 from pipeline import storage

@@ -151,11 +151,11 @@ def span(values: np.ndarray) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def first_absent(addresses: np.ndarray, groups: np.ndarray) -> int:
-    """The first of the groups that has no address yet; -1 if all have one."""
-    for group in groups:
-        if addresses[group] == 0:
-            return group
+def first_absent(addresses: np.ndarray, rows: np.ndarray, group_shift: int) -> int:
+    """The group of the first row whose group has no address yet; -1 if all have one."""
+    for row in rows:
+        if addresses[row >> group_shift] == 0:
+            return row >> group_shift
     return -1
 
 

@@ -1,7 +1,7 @@
 """One rank's share of the sample order as ready tensors, read ahead by one thread."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.code_dataset import CodeDataset
-from pipeline.order import SampleOrder, Window, rows_digest, slice_for_rank
+from pipeline.order import SampleOrder, Window, batch_index, rows_digest, slice_for_rank
 from stages.options import CodesOptions
 
 READ_AHEAD_STEPS = 2  # steps whose tensors are ready
@@ -31,13 +31,15 @@ class LoadedStep:
     """One rank's share of a step.
 
     Attributes:
-        step: counted from 0 over all epochs.
+        step: counted from 0 over the run.
+        batch: the global batch it consumes, counted from 0 over all epochs; that of the step, unless some are skipped.
         micro_batches: equally many of equal shape on every rank.
         num_valid: rows of the global batch that count.
         digest: of the rows this rank consumes; the ranks' digests add up to the global batch's modulo 2^64.
     """
 
     step: int
+    batch: int
     micro_batches: list[MicroBatch]
     num_valid: int
     digest: int
@@ -70,6 +72,12 @@ def dataset_order(dataset: CodeDataset, *, seed: int, global_batch_size: int, wi
     )
 
 
+def num_micro_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro batches of a step, the same on every rank, since collectives must match; the last rows of some may be padding."""
+    largest = -(-global_batch_size // world_size)
+    return -(-largest // micro_batch_size)
+
+
 class CodeLoader:
     """Reads a rank's slice of every global batch. Its state is the step it is asked for.
 
@@ -95,16 +103,20 @@ class CodeLoader:
         self.dataset, self.order = dataset, order
         self.micro_batch_size, self.cond_drop_prob = micro_batch_size, cond_drop_prob
         self._slice = slice_for_rank(order.global_batch_size, rank, world_size)
-        largest = -(-order.global_batch_size // world_size)
-        self._num_micro_batches = -(-largest // micro_batch_size)  # the same on every rank: collectives must match
+        self._num_micro_batches = num_micro_batches(order.global_batch_size, micro_batch_size, world_size)
 
-    def load(self, step: int) -> LoadedStep:
+    def load(self, step: int, skipped: Sequence[tuple[int, int]] = ()) -> LoadedStep:
         """This rank's share of one step. New row groups are checked beside the caller; see `settle`.
+
+        Args:
+            step: counted from 0 over the run.
+            skipped: ranges of global batches that are left out, as for `pipeline.order.batch_index`.
 
         Raises:
             ArtefactError: a file of the dataset is missing, or one that was read before turned out to be damaged.
         """
-        batch = self.order.batch(step)
+        index = batch_index(step, skipped)
+        batch = self.order.batch(index)
         rows, valid, draws = batch.rows[self._slice], batch.valid[self._slice], batch.draws[self._slice]
         positions = np.arange(self._slice.start, self._slice.stop)
         padded_rows, padded_valid = self._padded(rows, 0), self._padded(valid, False)
@@ -114,28 +126,31 @@ class CodeLoader:
         split = zip(*(t.split(self.micro_batch_size) for t in (codes, labels, torch.from_numpy(padded_valid))))
         return LoadedStep(
             step=step,
+            batch=index,
             micro_batches=[MicroBatch(*tensors) for tensors in split],
-            num_valid=self.order.num_valid(step),
-            digest=rows_digest(step, positions[valid], rows[valid]),
+            num_valid=self.order.num_valid(index),
+            digest=rows_digest(index, positions[valid], rows[valid]),
         )
 
     def _padded(self, values: np.ndarray, fill: int | bool) -> np.ndarray:
         missing = self._num_micro_batches * self.micro_batch_size - len(values)
         return np.concatenate([values, np.full(missing, fill, values.dtype)])
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[LoadedStep]:
+    def iterate(
+        self, start_step: int, stop_step: int, skipped: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[LoadedStep]:
         """The steps [start_step, stop_step) in order; the next ones are read while the caller computes."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="code-loader") as reader:
             ahead: deque[Future[LoadedStep]] = deque()
             for step in range(start_step, stop_step):
                 for coming in range(step + len(ahead), min(step + READ_AHEAD_STEPS + 1, stop_step)):
-                    ahead.append(reader.submit(self.load, coming))
+                    ahead.append(reader.submit(self.load, coming, skipped))
                 if self.dataset.is_remote and step + FETCH_AHEAD_STEPS < stop_step:
-                    reader.submit(self._fetch_ahead, step + FETCH_AHEAD_STEPS)
+                    reader.submit(self._fetch_ahead, batch_index(step + FETCH_AHEAD_STEPS, skipped))
                 yield ahead.popleft().result()
 
-    def _fetch_ahead(self, step: int) -> None:
-        self.dataset.prefetch(self.order.batch(step).rows[self._slice])
+    def _fetch_ahead(self, batch: int) -> None:
+        self.dataset.prefetch(self.order.batch(batch).rows[self._slice])
 
     def settle(self) -> None:
         """Waits until all that was read is checked. To be called before anything is made permanent.

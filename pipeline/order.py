@@ -10,6 +10,7 @@ few consecutive blocks are permuted together. That is still every image once per
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +118,31 @@ class _EpochKeys:
     block_rounds: np.ndarray
     view: np.uint64
     condition: np.uint64
+
+
+def batch_index(step: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Which global batch a step consumes when some are left out.
+
+    Args:
+        step: counted from 0 over all epochs.
+        skipped: half-open ranges of batches, disjoint and in order.
+    """
+    index = step
+    for start, stop in skipped:
+        if index >= start:
+            index += stop - start
+    return index
+
+
+def skip_batches(skipped: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """`skipped` with the batches [start, stop) left out as well: disjoint ranges in order."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted([*skipped, (start, stop)]):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
 
 
 def slice_for_rank(global_batch_size: int, rank: int, world_size: int) -> slice:

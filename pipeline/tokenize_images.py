@@ -73,7 +73,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     tokenizer = open_tokenizer(options.tokenizer.path)
     views = check_images(tokenizer, options)
     source = open_source(options.source, options.images)
-    listing = source.list_images("train")
+    listing = source.list_images(options.source.split)
     check_conditions(source, listing["uri"].to_pylist(), options.codes.conditions)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path

@@ -17,12 +17,23 @@ from stages.options import Config
 T = TypeVar("T")
 
 
-def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in a YAML file with `section.key=value` overrides merged on top.
+def load_config(paths: str | Iterable[str], overrides: Iterable[str] = ()) -> Config:
+    """The configuration in YAML files, each merged over the ones before it key by key, then `section.key=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+        ConfigError: a file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
+    tree: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, str) else paths:
+        for section, values in _read(path).items():
+            _merge(tree, section, values)
+    for override in overrides:
+        section, values = _parse(override)
+        _merge(tree, section, values)
+    return build(Config, tree)
+
+
+def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file) or {}
@@ -34,12 +45,19 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"-c is {path}, but it is not valid YAML: {error}. Mend the file.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"-c is {path}, but it holds no mapping of sections. Start it with `run:`, `source:` ....")
-    for override in overrides:
-        _merge(tree, override)
-    return build(Config, tree)
+    return tree
 
 
-def _merge(tree: dict[str, Any], override: str) -> None:
+def _merge(tree: dict[str, Any], section: str, values: Any) -> None:
+    """Puts the keys of a section over those it has; what is no mapping stays in the tree, for `build` to refuse."""
+    before = tree.get(section) or {}
+    if not isinstance(before, dict):
+        return
+    tree[section] = {**before, **values} if isinstance(values, dict) else values or before
+
+
+def _parse(override: str) -> tuple[str, dict[str, Any]]:
+    """Section and key of one `section.key=value` argument."""
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
@@ -47,14 +65,9 @@ def _merge(tree: dict[str, Any], override: str) -> None:
             f"Argument is {override!r}, but overrides read section.key=value. Write e.g. train.num_steps=100."
         )
     try:
-        value = yaml.safe_load(text)
+        return section, {name: yaml.safe_load(text)}
     except yaml.YAMLError:
-        value = text
-    if not isinstance(tree.setdefault(section, {}) or {}, dict):
-        raise ConfigError(
-            f"{section} is {tree[section]!r}, but it must be a section of keys. Indent its keys under it."
-        )
-    tree[section] = {**(tree[section] or {}), name: value}
+        return section, {name: text}
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -83,7 +96,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type `hint`: int, float, str, bool, Literal, tuple[X, ...] or a union with None.
+    """`value` as the annotated type `hint`: int, float, str, bool, Literal, tuple[X, ...] or a union of these and None.
 
     YAML 1.1 reads `3e-4` as a string, so a float field also takes a string that spells a number.
 
@@ -94,8 +107,10 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return convert(key, value, inner)
+        kinds = [a for a in arguments if a is not type(None)]
+        is_list = isinstance(value, list | tuple)
+        fitting = [kind for kind in kinds if (typing.get_origin(kind) is tuple) == is_list]
+        return convert(key, value, (fitting or kinds)[0])
     if origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
@@ -117,6 +132,9 @@ def convert(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_bounds(f"{key}[{i}]", item, bounds)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     low, high, above = (bounds.get(name) for name in ("low", "high", "above"))
@@ -177,7 +195,8 @@ def reference_page() -> str:
 def _type_name(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _type_name(arguments[0]) + ", optional"
+        names = [_type_name(argument) for argument in arguments if argument is not type(None)]
+        return " or ".join(names) + (", optional" if type(None) in arguments else "")
     if origin is typing.Literal:
         return " or ".join(str(choice) for choice in arguments)
     if origin is tuple:
@@ -185,8 +204,9 @@ def _type_name(hint: Any) -> str:
     return hint.__name__
 
 
-_PREAMBLE = """A configuration is one YAML file of the sections below; every key has a default. `section.key=value` arguments on the
-command line are merged on top. Unknown keys, wrong types and values out of range are refused with the rule they break.
+_PREAMBLE = """A configuration is one YAML file of the sections below, or several: of `-c A -c B` the keys in B go over those in A.
+Every key has a default. `section.key=value` arguments on the command line are merged on top. Unknown keys, wrong types and
+values out of range are refused with the rule they break.
 `python ray_job.py plan -c FILE` prints everything that follows from a configuration before any work starts, and every
 command saves the resolved configuration beside its output. This page is made from the code: `python -m stages.config`."""
 

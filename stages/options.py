@@ -39,6 +39,7 @@ class SourceOptions:
     path: str | None = option(None, "Folder, list file or Parquet files. Not needed by `scenes`.")
     num_images: int | None = option(None, "Use the first so many training images; all of them if not given.", low=1)
     seed: int = option(0, "Seed of generated sources (`scenes`) and of the holdout split.", low=0)
+    split: Literal["train", "holdout"] = option("train", "Which images `tokenize` takes.")
     holdout_path: str | None = option(None, "Held-out images for evaluation, where the source has no split of its own.")
     holdout_fraction: float = option(
         0.0, "Without holdout_path: share of the images, chosen by hash, kept out of training.", low=0.0, high=0.9
@@ -185,9 +186,19 @@ class OptimOptions:
     betas: tuple[float, ...] = option((0.9, 0.95), "AdamW betas.")
     weight_decay: float = option(0.05, "On matrices only: norms, biases and embeddings are not decayed.", low=0.0)
     warmup_steps: int = option(100, "Steps over which the learning rate rises from 0.", low=0)
-    schedule: Literal["cosine", "constant"] = option("cosine", "After the warm-up.")
-    min_learning_rate_ratio: float = option(0.05, "Where the cosine ends, as a share of the peak.", low=0.0, high=1.0)
+    warmup_samples: int | None = option(None, "The same in rows; takes the place of warmup_steps if given.", low=0)
+    schedule: Literal["cosine", "constant", "wsd"] = option(
+        "cosine", "After the warm-up; wsd: constant, then a linear decay at the end of the run."
+    )
+    decay_steps: int = option(1000, "Steps of the decay at the end of wsd.", low=1)
+    decay_samples: int | None = option(None, "The same in rows; takes the place of decay_steps if given.", low=1)
+    min_learning_rate_ratio: float = option(
+        0.05, "Where cosine and wsd end, as a share of the peak.", low=0.0, high=1.0
+    )
     grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
+    weight_average_decay: float = option(
+        0.0, "Decay per step of the exponential average of the weights; 0 keeps none.", low=0.0, high=0.999999
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +209,33 @@ class TrainOptions:
     micro_batch_size: int = option(32, "Rows per forward pass of one worker.", low=1)
     num_steps: int = option(10_000, "Optimizer steps of the whole run.", low=1)
     checkpoint_every_steps: int = option(1000, "Steps between two commits.", low=1)
+    checkpoint_every_seconds: float | None = option(
+        None, "Also commit when so much time has passed since the last commit.", above=0.0
+    )
     shuffle_window: int | None = option(
         None,
         "Row groups shuffled together, for a dataset larger than the memory or cache near it; the whole dataset if not given.",
         low=1,
     )
     keep_checkpoints: int = option(3, "Newest commits that are kept; the log stays whole.", low=1)
+    keep_every_steps: int | None = option(None, "Commits at multiples of so many steps are kept as well.", low=1)
+    keep_best: int = option(0, "So many commits of the lowest validation NLL are kept as well.", low=0)
+    validation_path: str | None = option(
+        None, "Code dataset of held-out images (tokenize with source.split=holdout), measured at every commit."
+    )
+    validation_rows: int = option(1024, "Rows of it that are measured, from the first on.", low=1)
     log_every_steps: int = option(50, "Steps between two log lines.", low=1)
     precision: Literal["fp32", "bf16"] = option("bf16", "Compute precision of the transformer.")
+    activation_checkpointing: bool = option(
+        False, "Keep only the input of every block and compute the rest again: less memory, about a third more time."
+    )
+    spike_threshold: float = option(
+        10.0,
+        "A loss so many robust standard deviations above the median of the steps before it is undone like NaN; 0: only NaN is.",
+        low=0.0,
+    )
+    skip_batches: int = option(16, "Global batches up to the offending one that are then left out.", low=1)
+    max_rollbacks: int = option(3, "Times in a row, without a new commit, that a run goes back before it gives up.", low=0)
     deterministic: bool = option(False, "Refuse operations whose result is not bitwise reproducible.")
 
 
@@ -216,19 +246,47 @@ class DeepSpeedOptions:
     zero_stage: Literal[0, 1, 2, 3] = option(
         1, "What is sharded: 1 optimizer state, 2 gradients too, 3 parameters too."
     )
+    offload_optimizer: bool = option(False, "Keep the optimizer state in host memory; needs zero_stage of at least 1.")
+    offload_parameters: bool = option(False, "Keep the parameters in host memory; needs zero_stage=3.")
+    bucket_size: int = option(
+        50_000_000, "Elements that one collective reduces or gathers at most; buffers grow with it.", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingOptions:
     """Workers of the two training jobs."""
 
-    num_workers: int = option(1, "Training processes (world size).", low=1)
+    num_workers: int | tuple[int, ...] = option(
+        1, "Training processes (world size). For `train` also [min, max]: the run shrinks and grows with the cluster.", low=1
+    )
     use_gpu: bool = option(False, "One GPU per worker.")
     cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)
     threads_per_worker: int | None = option(
         None, "Torch threads per worker; an equal share of its machine if not given.", low=1
     )
-    max_failures: int = option(3, "Times a job restarts its workers from the last commit before it gives up.", low=0)
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
+        "PACK", "How Ray places the workers on nodes."
+    )
+    max_failures: int = option(
+        3, "Times a job restarts its workers without a new commit in between before it gives up.", low=0
+    )
+    hang_timeout_seconds: float = option(
+        600.0, "A worker that ends no step for so long is ended and counts as failed.", above=0.0
+    )
+    resize_every_seconds: float = option(
+        60.0, "With num_workers=[min, max]: how often the cluster is looked at for more workers.", above=0.0
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest processes a job runs with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most processes a job runs with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +295,9 @@ class SamplingOptions:
 
     path: str = option("runs/samples", "Folder of the samples that `sample` writes.")
     num_samples: int = option(64, "Samples that `sample` draws.", low=1)
+    weights: Literal["average", "last"] = option(
+        "average", "average: the averaged weights where the checkpoint has them; last: those of its step."
+    )
     labels: tuple[int, ...] | None = option(None, "Classes to draw, cycled by sample index; all classes if not given.")
     cfg_scale: float = option(1.0, "Classifier-free guidance; 1 turns it off.", low=0.0)
     cfg_schedule: Literal["constant", "linear", "power-cosine"] = option(

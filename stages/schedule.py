@@ -14,3 +14,12 @@ def warmup_cosine(position: float, warmup: float, total: float, floor: float) ->
 def warmup_constant(position: float, warmup: float) -> float:
     """Factor in [0, 1]: linear from 0 over `warmup`, then 1."""
     return position / warmup if position < warmup else 1.0
+
+
+def warmup_stable_decay(position: float, warmup: float, total: float, decay: float, floor: float) -> float:
+    """Factor in [0, 1]: linear from 0 over `warmup`, then 1, then linear down to `floor` over the last `decay` of `total` (WSD: Hu et al.
+    2024, MiniCPM, section 4).
+    """
+    remaining = max(0.0, total - position)
+    falling = floor + (1.0 - floor) * remaining / decay if remaining < decay else 1.0
+    return min(warmup_constant(position, warmup), falling)

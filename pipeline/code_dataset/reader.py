@@ -152,7 +152,7 @@ class CodeDataset:
         if name not in self._columns:
             self._columns[name] = self._open_column(name)
         column = self._columns[name]
-        column.require(rows >> self._group_shift, wait=wait)
+        column.require(rows, self._group_shift, wait=wait)
         return column.addresses
 
     def _check_range(self, rows: np.ndarray) -> None:

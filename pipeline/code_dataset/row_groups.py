@@ -49,11 +49,12 @@ class RowGroups(Protocol):
 
     addresses: np.ndarray  # uint64 (num_groups,), 0 where a group is not in memory
 
-    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
-        """Brings groups into memory. ArtefactError when one is missing or, as far as is known, damaged.
+    def require(self, rows: np.ndarray, group_shift: int, *, wait: bool = False) -> None:
+        """Brings the groups of rows into memory. ArtefactError when one is missing or, as far as is known, damaged.
 
         Args:
-            groups: int64 (n,), of any order and number.
+            rows: int64 (n,), of any order and number.
+            group_shift: log2 of the rows per group.
             wait: for the checks of groups that were not in memory; without it they may run beside the caller.
         """
 
@@ -79,10 +80,10 @@ class LocalRowGroups:
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-group-checker")
         self._checks: list[Future[None]] = []
 
-    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
+    def require(self, rows: np.ndarray, group_shift: int, *, wait: bool = False) -> None:
         self._raise_known()
         found = []
-        while (group := first_absent(self.addresses, groups)) >= 0:
+        while (group := first_absent(self.addresses, rows, group_shift)) >= 0:
             extent = self._extent_of(group)
             values = self._map(extent.path)[extent.offset : extent.offset + extent.num_bytes]
             if wait:
@@ -139,8 +140,8 @@ class CachedRowGroups:
         self._lock = threading.Lock()
         os.makedirs(folder, exist_ok=True)
 
-    def require(self, groups: np.ndarray, *, wait: bool = False) -> None:
-        wanted = np.unique(groups).tolist()
+    def require(self, rows: np.ndarray, group_shift: int, *, wait: bool = False) -> None:
+        wanted = np.unique(rows >> group_shift).tolist()
         missing = [group for group in wanted if not self.addresses[group]]
         self.prefetch(missing)
         for group in missing:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
@@ -185,11 +186,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts each code from the condition and the codes before it, in raster order."""
+    """Predicts each code from the condition and the codes before it, in raster order.
 
-    def __init__(self, config: TransformerConfig):
+    Args:
+        config: shapes.
+        checkpoint_activations: keep only the input of every block for the backward pass and compute the rest again (Chen et al. 2016).
+    """
+
+    def __init__(self, config: TransformerConfig, *, checkpoint_activations: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_activations = config, checkpoint_activations
         self.conditioning = open_conditioning(config.conditioning, config.num_classes, config.hidden_size)
         self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -232,7 +238,10 @@ class Transformer(nn.Module):
         cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, cos_TD, sin_TD, cache, layer)
+            if self.checkpoint_activations and self.training:
+                x_BTC = checkpoint(block, x_BTC, cos_TD, sin_TD, cache, layer, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, cos_TD, sin_TD, cache, layer)
         if cache is not None:
             cache.length += t
         return self.norm(x_BTC)

@@ -10,14 +10,15 @@ from pipeline import storage
 from stages.errors import ArtefactError, StorageError
 
 
-def make(run, step, text="weights"):
+def make(run, step, text="weights", **content):
     """A committed checkpoint with one file."""
     folder = checkpoints.checkpoint_path(run, step, checkpoints.new_attempt())
     os.makedirs(folder)
     with open(os.path.join(folder, "state.pt"), "w") as file:
         file.write(text)
     entry = checkpoints.file_entry(os.path.join(folder, "state.pt"), "state.pt")
-    return checkpoints.write_commit(folder, {"step": step, "files": [entry], "root_hash": "r", "train_loss": 1.0})
+    required = {"step": step, "files": [entry], "root_hash": "r", "train_loss": 1.0}
+    return checkpoints.write_commit(folder, required | content)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_pruning_keeps_the_newest_and_removes_dead_attempts(run):
     for folder in (dead, newer):
         os.makedirs(folder)
         open(os.path.join(folder, "part"), "w").close()
-    checkpoints.prune(run, keep=2)
+    checkpoints.prune(run, checkpoints.Retention(newest=2))
     assert [commit.step for commit in checkpoints.list_commits(run)] == [20, 30]
     assert not os.path.exists(dead)
     assert os.path.exists(newer), "an attempt that may still commit is not touched"
@@ -128,3 +129,25 @@ def test_a_checkpoint_on_s3_is_verified_and_downloaded_without_leaving_copies(s3
     assert os.listdir(tmp_path) == []
     storage.replace(f"{folder}/weights", b"weighte")
     assert checkpoints.latest_commit(s3) is None
+
+
+def test_what_is_kept(run):
+    for step, nll in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 5.0)):
+        measured = {} if nll is None else {"validation_nll": nll}
+        make(run, step, measured=measured)
+    commits = checkpoints.list_commits(run)
+
+    def steps(**retention):
+        return [commit.step for commit in checkpoints.Retention(**retention).kept(commits)]
+
+    assert steps(newest=1) == [50]
+    assert steps(newest=1, every_steps=20) == [20, 40, 50]
+    assert steps(newest=1, best=2) == [20, 30, 50]
+    assert steps(newest=9) == [10, 20, 30, 40, 50]
+
+
+def test_commits_of_undone_steps_are_retired(run):
+    for step in (10, 20, 30):
+        make(run, step)
+    checkpoints.retire_after(run, 10)
+    assert [commit.step for commit in checkpoints.list_commits(run)] == [10]

@@ -1,8 +1,11 @@
 """The plan: derived numbers against hand-made ones, and the checks that need more than one section."""
 
+import json
+
 import pytest
 
-from cluster.job_plan import check_config, derive, model_state_bytes, render, row_flop
+import ray_job
+from cluster.job_plan import check_config, derive, render
 from stages.config import build
 from stages.errors import ConfigError
 from stages.options import Config
@@ -43,14 +46,71 @@ def test_derived_numbers():
     assert "ZeRO-3" in render(config(), derived)
 
 
-@pytest.mark.parametrize("precision, bytes_per_parameter", [("fp32", [16, 12, 10, 8]), ("bf16", [16, 10, 9, 8])])
-def test_zero_shards_what_it_says(precision, bytes_per_parameter):
-    assert [model_state_bytes(100, stage, 2, precision) for stage in range(4)] == [100 * b for b in bytes_per_parameter]
+def test_the_state_of_a_rank_is_what_deepspeed_keeps():
+    parameters = derive(config(), num_images=1000, num_classes=10)["transformer"]["parameters"]
+    derived = derive(config(), num_images=1000, num_classes=10)
+    state = list(derived["model state bytes per rank"].values())
+    assert state[0] == 16 * parameters
+    assert state[1] == (2 + 2 + 12 / 2) * parameters
+    assert state[2] == (2 + 2 / 2 + 12 / 2) * parameters
+    assert state[3] < state[2]
 
 
-def test_flop_of_a_row_is_six_per_parameter_and_position_plus_attention():
-    assert row_flop(parameters=1000, num_layers=0, hidden_size=8, num_codes=10) == 60_000
-    assert row_flop(parameters=0, num_layers=2, hidden_size=8, num_codes=10) == 12 * 2 * 8 * 100
+def test_a_range_of_workers_is_planned_at_both_ends():
+    derived = derive(config(scaling={"num_workers": [2, 4]}), num_images=1000, num_classes=10, gpu="A100")
+    assert derived["training"]["world size"] == [2, 4]
+    assert derived["training"]["gradient accumulation steps"] == [2, 1]
+    few, many = derived["memory per rank at world size 2"], derived["memory per rank at world size 4"]
+    assert few["ZeRO-3"]["peak"] > many["ZeRO-3"]["peak"]
+    assert [few["ZeRO-1"]["model state"], many["ZeRO-1"]["model state"]] == derived["model state bytes per rank"]["ZeRO-1"]
+    speed = derived["on A100 at 40% of its peak"]
+    assert speed["hours"][0] == pytest.approx(2 * speed["hours"][1])
+    assert speed["GPU-hours"][0] == pytest.approx(speed["GPU-hours"][1])
+    assert "2 to 4" in render(config(), derived)
+
+
+def test_hours_on_a_gpu_follow_from_its_peak():
+    derived = derive(config(), num_images=1000, num_classes=10, gpu="H100", mfu=0.5, hours=2.0)
+    flop, speed = derived["transformer"]["FLOP per step"], derived["on H100 at 50% of its peak"]
+    assert speed["steps per second"] == pytest.approx(2 * 989.4e12 * 0.5 / flop)
+    assert speed["GPU-hours"] == pytest.approx(50 * flop / (989.4e12 * 0.5) / 3600)
+    assert derived["to finish in 2 hours"]["steps per second"] == pytest.approx(50 / 7200)
+
+
+def test_what_a_gpu_cannot_hold_is_said():
+    large = {"num_layers": 24, "hidden_size": 3200, "num_heads": 32}
+    whole = {"train": {"global_batch_size": 512, "micro_batch_size": 1}, "scaling": {"num_workers": 8}}
+    stages = derive(config(model=large, **whole), 1000, 10, gpu="L40S")["memory per rank at world size 8"]
+    assert [stages[f"ZeRO-{stage}"]["fits"] for stage in range(4)] == [False, True, True, True]
+    text = render(config(), derive(config(model=large, **whole), 1000, 10, gpu="L40S"))
+    assert "fits checkpointed" in text and " no " in text
+
+
+@pytest.mark.parametrize(
+    "sections, question, words",
+    [
+        ({}, {"gpu": "V100"}, ["--gpu is V100", "A100, H100"]),
+        ({"train": {"precision": "fp32"}}, {"gpu": "H100"}, ["--gpu is H100", "train.precision is fp32"]),
+        ({}, {"mfu": 40.0}, ["--mfu is 40", "at most 1"]),
+        ({}, {"hours": 0.0}, ["--hours is 0", "above 0"]),
+    ],
+)
+def test_questions_that_have_no_answer_are_refused(sections, question, words):
+    with pytest.raises(ConfigError) as caught:
+        derive(config(**sections), 1000, 10, **question)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_command_takes_several_files_and_a_gpu(tmp_path, capsys):
+    base, model = tmp_path / "base.yaml", tmp_path / "model.yaml"
+    base.write_text("source: {name: scenes, num_images: 100}\nmodel: {num_layers: 2, hidden_size: 64, num_heads: 2}\n")
+    model.write_text("model: {num_layers: 3}\n")
+    files = ["-c", str(base), "-c", str(model)]
+    command = ["plan", *files, "conditioning.name=none", "--gpu", "H200", "--mfu", "0.3", "--hours", "1", "--json"]
+    assert ray_job.main(command) == 0
+    plan = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (plan["config"]["model"]["num_layers"], plan["config"]["model"]["hidden_size"]) == (3, 64)
+    assert {"on H200 at 30% of its peak", "to finish in 1 hours"} <= set(plan["derived"])
 
 
 @pytest.mark.parametrize(
@@ -62,9 +122,34 @@ def test_flop_of_a_row_is_six_per_parameter_and_position_plus_attention():
         ({"tokenizer_train": {"discriminator_weight": 1.0, "discriminator_layers": 5}}, ["discriminator_layers is 5"]),
         ({"optim": {"betas": [0.9]}}, ["optim.betas", "two numbers"]),
         ({"evaluation": {"num_samples": 5, "num_blocks": 10}}, ["evaluation.num_blocks is 10"]),
+        ({"scaling": {"num_workers": [4, 2]}}, ["scaling.num_workers is [4, 2]", "[min, max]", "[2, 4]"]),
+        ({"scaling": {"num_workers": [1, 2, 3]}}, ["scaling.num_workers is [1, 2, 3]", "[min, max]"]),
+        ({"scaling": {"num_workers": [1, 65]}}, ["train.global_batch_size is 64", "65 workers"]),
+        (
+            {"deepspeed": {"zero_stage": 0, "offload_optimizer": True}},
+            ["deepspeed.offload_optimizer is true", "zero_stage of at least 1", "which is 0"],
+        ),
+        (
+            {"deepspeed": {"zero_stage": 2, "offload_parameters": True}},
+            ["deepspeed.offload_parameters is true", "zero_stage=3", "which is 2"],
+        ),
+        ({"train": {"keep_best": 2}}, ["train.keep_best is 2", "train.validation_path"]),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(sections, words):
     with pytest.raises(ConfigError) as caught:
         check_config(config(**sections))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"scaling": {"num_workers": [1, 3]}, "train": {"global_batch_size": 50}},
+        {"deepspeed": {"zero_stage": 1, "offload_optimizer": True}},
+        {"deepspeed": {"zero_stage": 3, "offload_parameters": True}},
+        {"train": {"keep_best": 1, "validation_path": "runs/holdout"}},
+    ],
+)
+def test_configurations_that_can_work_pass(sections):
+    check_config(config(**sections))

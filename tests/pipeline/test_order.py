@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import SampleOrder, Window, permute, rows_digest, slice_for_rank
+from pipeline.order import SampleOrder, Window, batch_index, permute, rows_digest, skip_batches, slice_for_rank
 from stages.hashing import hash64, uniform
 
 keys = st.integers(0, 2**64 - 1)
@@ -240,3 +240,24 @@ def test_a_digest_notices_any_change(step, seed):
     shuffled = np.random.default_rng(seed).permutation(20)
     assert rows_digest(step, positions[shuffled], rows[shuffled]) == digest
     assert rows_digest(step, positions[:0], rows[:0]) == 0
+
+
+ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)).map(lambda pair: (pair[0], sum(pair))), max_size=6)
+
+
+@given(ranges)
+def test_skipped_batches_are_passed_over_and_no_other(chosen):
+    skipped = ()
+    for start, stop in chosen:
+        skipped = skip_batches(skipped, start, stop)
+    left_out = {batch for start, stop in chosen for batch in range(start, stop)}
+    kept = [batch for batch in range(100) if batch not in left_out]
+    assert [batch_index(step, skipped) for step in range(40)] == kept[:40]
+    assert all(stop < start for (_, stop), (start, _) in zip(skipped, skipped[1:]))
+
+
+def test_what_is_skipped_later_changes_nothing_before():
+    skipped = ((3, 5),)
+    before = [batch_index(step, skipped) for step in range(6)]
+    more = skip_batches(skipped, batch_index(6, skipped), 12)
+    assert [batch_index(step, more) for step in range(6)] == before

@@ -1,9 +1,11 @@
 """Configuration: what is accepted, what is refused, and how the refusal reads."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from stages.config import build, load_config, reference_page, to_yaml
@@ -29,6 +31,25 @@ def test_file_and_overrides_are_merged(file):
     assert config.optim.learning_rate == 3e-4  # YAML 1.1 reads this as text
     assert config.optim.betas == (0.8, 0.9)
     assert config.source.path == "s3://bucket/images"
+
+
+def test_keys_of_later_files_go_over_those_of_earlier_ones(file, tmp_path):
+    later = tmp_path / "later.yaml"
+    later.write_text("optim: {learning_rate: 1e-4, grad_clip: 2}\nmodel: {num_layers: 3}\n")
+    config = load_config([file, str(later)], ["model.num_layers=4"])
+    assert config.train.num_steps == 7
+    assert (config.optim.learning_rate, config.optim.grad_clip) == (1e-4, 2.0)
+    assert config.model.num_layers == 4
+    assert load_config([str(later), file]).optim.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("texts", [["train: 5", "train: {num_steps: 7}"], ["train: {num_steps: 7}", "train: 5"]])
+def test_a_section_that_is_none_is_refused_in_any_file(tmp_path, texts):
+    paths = [tmp_path / f"{i}.yaml" for i in range(len(texts))]
+    for path, text in zip(paths, texts):
+        path.write_text(text)
+    with pytest.raises(ConfigError, match="train is 5, but it must be a section"):
+        load_config([str(path) for path in paths], ["train.num_steps=8"] if texts[0] == "train: 5" else [])
 
 
 @pytest.mark.parametrize(
@@ -80,6 +101,24 @@ def test_shipped_recipes_are_valid(path):
     from cluster.job_plan import check_config
 
     check_config(load_config(str(path)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda path: path.stem)
+def test_models_of_the_zoo_have_the_parameters_they_state(path):
+    """Built on torch's meta device, on 16 x 16 codes; each file goes over the recipe of a cluster."""
+    from cluster.job_plan import check_config
+    from stages.second_stage.transformer import Transformer, num_parameters, transformer_config
+
+    config = load_config([str(ROOT / "configs" / "imagenet.yaml"), str(path)])
+    check_config(config)
+    stated = re.search(r"# Parameters: ([\d,]+) \((\d+) codes, (\d+) classes\)", path.read_text())
+    parameters, codebook_size, num_classes = (int(number.replace(",", "")) for number in stated.groups())
+    transformer = transformer_config(
+        config.model, config.conditioning, codebook_size=codebook_size, grid=(16, 16), num_classes=num_classes
+    )
+    with torch.device("meta"):
+        model = Transformer(transformer)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(transformer) == parameters
 
 
 def test_every_option_is_documented_and_the_page_is_current():

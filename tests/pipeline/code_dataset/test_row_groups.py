@@ -60,7 +60,7 @@ def damage(path, position):
 
 def test_local_groups_are_mapped(extents, values):
     column = LocalRowGroups(NUM_GROUPS, extents.__getitem__)
-    column.require(np.array([7, 2, 7]))
+    column.require(np.array([7, 2, 7]), 0)
     for group in (2, 7):
         np.testing.assert_array_equal(contents(column, group), values[group])
     assert np.flatnonzero(column.addresses).tolist() == [2, 7]
@@ -70,15 +70,15 @@ def test_local_groups_are_mapped(extents, values):
 def test_a_damaged_local_group_is_found_when_it_is_touched_and_ever_after(extents):
     damage(extents[3].path, extents[3].offset + 5)
     column = LocalRowGroups(NUM_GROUPS, extents.__getitem__)
-    column.require(np.array([0, 1, 2]))
+    column.require(np.array([0, 1, 2]), 0)
     column.settle()
-    column.require(np.array([3]))
+    column.require(np.array([3]), 0)
     message = f"{extents[3].path} is damaged: bytes 220 to 260 have xxh3_64 .*{extents[3].xxh3_64}"
     for _ in range(2):
         with pytest.raises(ArtefactError, match=message):
             column.settle()
         with pytest.raises(ArtefactError, match=message):
-            column.require(np.array([0]))
+            column.require(np.array([0]), 0)
 
 
 def test_settling_waits_for_the_check_that_is_running(extents, monkeypatch):
@@ -86,10 +86,10 @@ def test_settling_waits_for_the_check_that_is_running(extents, monkeypatch):
     damage(extents[3].path, extents[3].offset)
     column, may_check, check = LocalRowGroups(NUM_GROUPS, extents.__getitem__), threading.Event(), Extent.check
     monkeypatch.setattr(Extent, "check", lambda self, data: may_check.wait(30) and check(self, data))
-    column.require(np.array([0]))
+    column.require(np.array([0]), 0)
     waiting = threading.Thread(target=column.settle)
     waiting.start()
-    column.require(np.array([3]))
+    column.require(np.array([3]), 0)
     may_check.set()
     waiting.join()
     with pytest.raises(ArtefactError, match="is damaged"):
@@ -98,40 +98,40 @@ def test_settling_waits_for_the_check_that_is_running(extents, monkeypatch):
 
 def test_only_what_is_asked_for_is_fetched_and_only_once(extents, values, tmp_path, fetched):
     column = cached(extents, tmp_path / "cache")
-    column.require(np.array([4, 1, 4]))
-    column.require(np.array([1, 6]))
+    column.require(np.array([4, 1, 4]), 0)
+    column.require(np.array([1, 6]), 0)
     assert sorted(fetched) == [1, 4, 6]
     for group in (1, 4, 6):
         np.testing.assert_array_equal(contents(column, group), values[group])
 
 
 def test_another_process_uses_the_files_that_are_there(extents, values, tmp_path, fetched):
-    cached(extents, tmp_path / "cache").require(np.arange(4))
+    cached(extents, tmp_path / "cache").require(np.arange(4), 0)
     column = cached(extents, tmp_path / "cache")
-    column.require(np.arange(5))
+    column.require(np.arange(5), 0)
     assert sorted(fetched) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(contents(column, 3), values[3])
 
 
 def test_files_of_another_dataset_are_not_mistaken_for_these(extents, values, tmp_path, fetched):
-    cached(extents, tmp_path / "cache").require(np.array([0]))
+    cached(extents, tmp_path / "cache").require(np.array([0]), 0)
     other = tmp_path / "other"
     other.write_bytes(bytes(100) + values[::-1].tobytes())
     moved = [Extent(str(other), e.offset, SIZE, x.xxh3_64) for e, x in zip(extents, extents[::-1])]
     column = cached(moved, tmp_path / "cache")
-    column.require(np.array([0]))
+    column.require(np.array([0]), 0)
     np.testing.assert_array_equal(contents(column, 0), values[-1])
-    cached(extents, tmp_path / "cache").require(np.array([0]))
+    cached(extents, tmp_path / "cache").require(np.array([0]), 0)
     assert len(fetched) == 2, "both are kept"
 
 
 @pytest.mark.parametrize("change", [lambda path: damage(path, 3), lambda path: os.truncate(path, SIZE - 1)])
 def test_a_damaged_cache_file_is_fetched_anew(extents, values, tmp_path, fetched, change):
-    cached(extents, tmp_path / "cache").require(np.array([0]))
+    cached(extents, tmp_path / "cache").require(np.array([0]), 0)
     (file,) = (tmp_path / "cache").iterdir()
     change(file)
     column = cached(extents, tmp_path / "cache")
-    column.require(np.array([0]))
+    column.require(np.array([0]), 0)
     assert fetched == [0, 0]
     np.testing.assert_array_equal(contents(column, 0), values[0])
 
@@ -140,9 +140,9 @@ def test_a_damaged_part_is_refused_and_not_kept(extents, values, tmp_path):
     damage(extents[3].path, extents[3].offset + 5)
     column = cached(extents, tmp_path / "cache")
     with pytest.raises(ArtefactError, match=f"{extents[3].path} is damaged"):
-        column.require(np.array([2, 3]))
+        column.require(np.array([2, 3]), 0)
     damage(extents[3].path, extents[3].offset + 5)  # as it was
-    column.require(np.array([2, 3]))
+    column.require(np.array([2, 3]), 0)
     np.testing.assert_array_equal(contents(column, 3), values[3])
 
 
@@ -157,26 +157,26 @@ def test_a_failed_fetch_is_tried_again(extents, values, tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "read_range", flaky)
     with pytest.raises(TimeoutError, match="no answer"):
-        column.require(np.array([5]))
-    column.require(np.array([5]))
+        column.require(np.array([5]), 0)
+    column.require(np.array([5]), 0)
     np.testing.assert_array_equal(contents(column, 5), values[5])
 
 
 def test_a_missing_part_is_named(extents, tmp_path):
     os.unlink(extents[0].path)
     with pytest.raises(ArtefactError, match=f"{extents[0].path} is missing"):
-        cached(extents, tmp_path / "cache").require(np.array([0]))
+        cached(extents, tmp_path / "cache").require(np.array([0]), 0)
 
 
 def test_the_groups_used_longest_ago_make_room(extents, values, tmp_path, fetched):
     folder = tmp_path / "cache"
     column = cached(extents, folder, max_bytes=3 * CACHED_SIZE)
     for group in (0, 1, 2, 0, 3):
-        column.require(np.array([group]))
+        column.require(np.array([group]), 0)
         np.testing.assert_array_equal(contents(column, group), values[group])
     assert np.flatnonzero(column.addresses).tolist() == [0, 2, 3]
     assert len(list(folder.iterdir())) == 3
-    column.require(np.array([1]))
+    column.require(np.array([1]), 0)
     np.testing.assert_array_equal(contents(column, 1), values[1])
     assert fetched == [0, 1, 2, 3, 1]
 
@@ -184,10 +184,10 @@ def test_the_groups_used_longest_ago_make_room(extents, values, tmp_path, fetche
 def test_what_is_asked_for_at_once_stays_even_if_it_is_too_much(extents, values, tmp_path):
     folder = tmp_path / "cache"
     column = cached(extents, folder, max_bytes=3 * CACHED_SIZE)
-    column.require(np.arange(8))
+    column.require(np.arange(8), 0)
     for group in range(8):
         np.testing.assert_array_equal(contents(column, group), values[group])
-    column.require(np.array([9]))
+    column.require(np.array([9]), 0)
     assert np.flatnonzero(column.addresses).tolist() == [6, 7, 9]
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3 * CACHED_SIZE
 
@@ -197,7 +197,7 @@ def test_random_reads_with_little_room_are_right(extents, values, tmp_path):
     for _ in range(100):
         groups = random.integers(0, NUM_GROUPS, 3)
         column.prefetch(random.integers(0, NUM_GROUPS, 2).tolist())
-        column.require(groups)
+        column.require(groups, 0)
         for group in groups:
             np.testing.assert_array_equal(contents(column, group), values[group])
     assert np.count_nonzero(column.addresses) <= 4
@@ -216,16 +216,16 @@ def test_prefetched_groups_are_there_when_they_are_required(extents, values, tmp
     column.prefetch([3, 8, 3])
     all_fetched.wait(timeout=30)
     assert not column.addresses.any()
-    column.require(np.array([3, 8]))
+    column.require(np.array([3, 8]), 0)
     assert sorted(numbers) == [3, 8]
     np.testing.assert_array_equal(contents(column, 8), values[8])
 
 
 def test_a_prefetched_group_that_another_process_removed_is_fetched_anew(extents, values, tmp_path, fetched):
     column, other = (cached(extents, tmp_path / "cache", max_bytes=CACHED_SIZE) for _ in range(2))
-    other.require(np.array([0]))
+    other.require(np.array([0]), 0)
     column.prefetch([0])
     column._ahead[0].result()
-    other.require(np.array([1]))
-    column.require(np.array([0]))
+    other.require(np.array([1]), 0)
+    column.require(np.array([0]), 0)
     np.testing.assert_array_equal(contents(column, 0), values[0])

@@ -1,0 +1,162 @@
+"""Saves an engine while it trains: the ranks write their parts, publish them beside the training, and rank 0 commits."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from cluster import checkpoints, universal
+from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
+from cluster.deepspeed_engine import gather_weights
+from cluster.optimizer_slices import gather_state, owned_slices
+from pipeline import storage
+from stages.errors import StorageError
+from stages.second_stage.optimizer import WEIGHT_AVERAGE
+
+logger = logging.getLogger(__name__)
+
+Entries = list[dict[str, Any]]
+
+
+class Checkpointer:
+    """One rank's part of saving a run. Every rank must make the same calls in the same order.
+
+    `start` takes the state; only then training waits. Files are hashed, and synced or uploaded, by a thread. `finish` commits
+    when every rank is through: to be called once all `has_published`, or at any time to wait for it.
+
+    Args:
+        run_path: of the run.
+        attempt: unique to this group of processes.
+        engine: DeepSpeed's.
+        saves_average: whether the optimizer keeps averaged weights.
+    """
+
+    def __init__(self, run_path: str, attempt: str, engine: Any, *, saves_average: bool):
+        self.run_path, self.attempt, self.engine, self.saves_average = run_path, attempt, engine, saves_average
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-publisher")
+        self._published: Future[Entries] | None = None
+        self._path = ""
+        self._describe: Callable[[Entries], dict[str, Any]] = lambda files: {}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint was started and not finished."""
+        return self._published is not None
+
+    @property
+    def has_published(self) -> bool:
+        """Whether this rank's part of the pending checkpoint is where it belongs, or failed to get there."""
+        return self._published is not None and self._published.done()
+
+    def start(self, step: int, describe: Callable[[Entries], dict[str, Any]]) -> None:
+        """Writes this rank's part of the state after `step` steps and starts to publish it.
+
+        Args:
+            step: optimizer steps made.
+            describe: on rank 0, what COMMIT.json says, from the entries of all files.
+
+        Raises:
+            StorageError: a disk that is full or fails.
+        """
+        assert self._published is None, "a checkpoint is pending"
+        self._path = checkpoints.checkpoint_path(self.run_path, step, self.attempt)
+        self._describe = describe
+        is_local = storage.is_local(self._path)
+        with _storage_errors(self.run_path):
+            folder = self._path if is_local else tempfile.mkdtemp(prefix="tessera-save-")
+            os.makedirs(folder, exist_ok=True)
+            self._save(folder)
+        dist.barrier()
+        self._published = self._publisher.submit(self._publish, folder, self._path, is_local)
+
+    def _save(self, folder: str) -> None:
+        engine, stage = self.engine, self.engine.zero_optimization_stage()
+        extra = {universal.PARAMETER_NAMES: [owned.name for owned in owned_slices(engine)]} if stage == 0 else {}
+        engine.save_checkpoint(folder, tag=SHARDS, client_state=extra, save_latest=False)
+        weights = gather_weights(engine, self.rank, stage)
+        averages = gather_state(engine, WEIGHT_AVERAGE) if self.saves_average else {}
+        if self.rank == 0:
+            save_file(weights, os.path.join(folder, WEIGHTS))
+        if averages:
+            save_file(averages, os.path.join(folder, AVERAGES))
+
+    def _publish(self, folder: str, path: str, is_local: bool) -> Entries:
+        """Syncs (local) or uploads (remote) this rank's share of the files and returns their entries."""
+        names = sorted(
+            os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
+        )
+        if is_local:
+            names = names[self.rank :: self.world_size]  # the folder is shared, so ranks split the hashing
+        with _storage_errors(self.run_path):
+            for name in names:
+                if is_local:
+                    checkpoints.sync_file(os.path.join(folder, name))
+                else:
+                    storage.put_file_if_absent(storage.join(path, name), os.path.join(folder, name))
+            entries = [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
+            if not is_local:
+                shutil.rmtree(folder)
+        return entries
+
+    def finish(self) -> checkpoints.Commit | None:
+        """Waits for every rank and commits; None when nothing is pending.
+
+        Raises:
+            StorageError: a rank could not publish; nothing is committed.
+        """
+        if self._published is None:
+            return None
+        outcome: Any
+        try:
+            outcome = self._published.result()
+        except StorageError as error:
+            outcome = error
+        self._published = None
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, outcome)
+        box: list[Any] = [None]
+        if self.rank == 0:
+            box = [_attempt(lambda: self._commit(outcomes))]
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], StorageError):
+            raise box[0]
+        return box[0]
+
+    def _commit(self, outcomes: list[Entries | StorageError]) -> checkpoints.Commit:
+        entries: Entries = []
+        for outcome in outcomes:
+            if isinstance(outcome, StorageError):
+                raise outcome
+            entries += outcome
+        with _storage_errors(self.run_path):
+            return checkpoints.write_commit(self._path, self._describe(entries))
+
+
+def _attempt(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or the StorageError it raises, so that other ranks can be told."""
+    try:
+        return work()
+    except StorageError as error:
+        return error
+
+
+@contextmanager
+def _storage_errors(run_path: str) -> Iterator[None]:
+    """Names the run in faults of a disk or store. torch's writer says RuntimeError where a disk is full."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise StorageError(
+            f"run.path is {run_path}, but a checkpoint cannot be written there ({error}). Make room or mend the storage, and run the "
+            f"same command again: it goes on from the last commit."
+        ) from error

@@ -1,0 +1,67 @@
+"""The `export` command: the weights of a checkpoint for inference elsewhere."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save_file
+
+from cluster import checkpoints
+from cluster.checkpoints import AVERAGES, WEIGHTS
+from cluster.sampler_actor import load_weights
+from pipeline import storage
+from stages.errors import ArtefactError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What `export` reports."""
+
+    weights: str
+    config: str
+    step: int
+
+
+def export(checkpoint: str, output: str, *, which: str, dtype: str) -> ExportSummary:
+    """Writes transformer.safetensors, and config.json with the shapes of the model and what it was trained on.
+
+    Args:
+        checkpoint: folder of a committed checkpoint, of any world size and ZeRO stage.
+        output: local or s3:// folder.
+        which: "average" or "last", as for `cluster.sampler_actor.load_weights`.
+        dtype: "fp32" or "bf16".
+
+    Raises:
+        ArtefactError: no checkpoint, a damaged one, or an output that holds other weights already.
+    """
+    commit = checkpoints.resolve_checkpoint(checkpoint, run_path="")
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_weights(commit, which).items()}
+    description = {
+        "transformer": commit.content["transformer"],
+        "weights": "average" if which == "average" and commit.has(AVERAGES) else "last",
+        "dtype": dtype,
+        "step": commit.step,
+        "checkpoint": commit.hash,
+        "code_dataset": commit.root_hash,
+        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
+    }
+    with tempfile.TemporaryDirectory(prefix="tessera-export-") as folder:
+        save_file(weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+        with open(os.path.join(folder, CONFIG), "w") as file:
+            json.dump(description, file, indent=1)
+        for name in (WEIGHTS, CONFIG):
+            _store(os.path.join(folder, name), storage.join(output, name))
+    return ExportSummary(weights=storage.join(output, WEIGHTS), config=storage.join(output, CONFIG), step=commit.step)
+
+
+def _store(file: str, target: str) -> None:
+    """Raises ArtefactError when something else is there."""
+    if storage.put_file_if_absent(target, file):
+        return
+    if checkpoints.file_entry(target, target) != checkpoints.file_entry(file, target):
+        raise ArtefactError(f"output holds {target}, but it is something else than is exported. Use another output.")

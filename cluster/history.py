@@ -1,0 +1,103 @@
+"""What a run has done, as one rank keeps it between commits and as a commit tells it."""
+
+import os
+from typing import Any
+
+from cluster import checkpoints, run_log
+from cluster.spikes import NUM_STEPS_BEFORE
+from cluster.train_options import TrainJobOptions
+from pipeline.binding import encoding_of
+from pipeline.code_dataset import CodeDataset
+from pipeline.order import SAMPLER_VERSION, batch_index, skip_batches
+from stages.config import to_dict
+from stages.second_stage.transformer import TransformerConfig
+
+
+class History:
+    """Steps made, batches left out and faults undone.
+
+    Attributes:
+        step: optimizer steps made.
+        parent: the newest commit.
+        skipped: half-open ranges of global batches that the run leaves out.
+        events: faults that were undone: step, batch, fault, back_to (step) and skips (a range).
+        records: log records of the steps since the last checkpoint was started.
+        recent_losses: of the last steps, for telling a spike.
+    """
+
+    def __init__(self, options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig):
+        self._options, self._dataset, self._config = options, dataset, config
+        self.step = 0
+        self.parent: checkpoints.Commit | None = None
+        self.skipped: tuple[tuple[int, int], ...] = ()
+        self.events: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        self.recent_losses: list[float] = []
+
+    def restore(self, commit: checkpoints.Commit) -> None:
+        """Goes to where a commit was."""
+        content = commit.content
+        self.step, self.parent, self.records = commit.step, commit, []
+        self.skipped = tuple((start, stop) for start, stop in content["sampler"]["skipped"])
+        self.events = content["events"]
+        log = run_log.read_tail(self._options.run.path, content["log"], NUM_STEPS_BEFORE)
+        self.recent_losses = [record["loss"] for record in log]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One more step."""
+        self.step += 1
+        self.records.append(record)
+        self.recent_losses = [*self.recent_losses, record["loss"]][-NUM_STEPS_BEFORE:]
+
+    def undo(self, commit: checkpoints.Commit, record: dict[str, Any], fault: str) -> dict[str, Any]:
+        """Goes back to a commit and leaves out the batches up to the one of a faulty step. Returns the event."""
+        skipped, events = self.skipped, self.events
+        stop = record["batch"] + 1
+        start = max(batch_index(commit.step, skipped), stop - self._options.train.skip_batches)
+        event = {"step": record["step"], "batch": record["batch"], "fault": fault, "back_to": commit.step}
+        event["skips"] = [start, stop]
+        self.restore(commit)
+        self.skipped, self.events = skip_batches(skipped, start, stop), [*events, event]
+        return event
+
+    def commit_content(
+        self,
+        step: int,
+        attempt: str,
+        records: list[dict[str, Any]],
+        measured: dict[str, float],
+        world_size: int,
+        files: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What COMMIT.json says of the checkpoint after `step` steps, of which `records` are new; stores their log segment."""
+        options, parent = self._options, self.parent
+        previous = run_log.EMPTY_HASH if parent is None else parent.content["sample_log_hash"]
+        segment = run_log.write_segment(options.run.path, f"step-{step:09d}-{attempt}", records)
+        return {
+            "step": step,
+            "attempt": attempt,
+            "parent": None if parent is None else os.path.basename(parent.path),
+            "train_loss": records[-1]["loss"],
+            "measured": measured,
+            "events": self.events,
+            "codes_path": options.codes.path,
+            "root_hash": self._dataset.root_hash,
+            "tokenizer_fingerprint": self._dataset.tokenizer_fingerprint,
+            "encoding": encoding_of(self._dataset.manifest),
+            "world_size": world_size,
+            "zero_stage": options.deepspeed.zero_stage,
+            "precision": options.train.precision,
+            "sampler": {
+                "version": SAMPLER_VERSION,
+                "seed": options.run.seed,
+                "global_batch_size": options.train.global_batch_size,
+                "step": step,
+                "window": options.train.shuffle_window,
+                "skipped": [list(batches) for batches in self.skipped],
+            },
+            "transformer": to_dict(self._config),
+            "options": to_dict(options),
+            "log": ([] if parent is None else parent.content["log"]) + [segment],
+            "sample_log_hash": run_log.chain(previous, records),
+            "files": files,
+        }

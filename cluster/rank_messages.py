@@ -1,0 +1,41 @@
+"""What ranks tell each other once per step, in one collective."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RankMessage:
+    """One rank's part of a step.
+
+    Attributes:
+        loss: summed over this rank's rows, in nats.
+        digest: of the rows it consumed, 64 bits.
+        has_published: its part of the latest checkpoint is where it belongs.
+        looks_around: all ranks shall look whether to leave; rank 0 decides when.
+        wants_commit: all ranks shall commit after this step; rank 0 decides when.
+    """
+
+    loss: float
+    digest: int
+    has_published: bool
+    looks_around: bool
+    wants_commit: bool
+
+
+def exchange(message: RankMessage, device: torch.device) -> list[RankMessage]:
+    """Every rank's message, in order of rank, on every rank."""
+    # float64 carries the loss whole and the digest in two halves that it holds exactly.
+    flags = [float(message.has_published), float(message.looks_around), float(message.wants_commit)]
+    values = [message.loss, float(message.digest >> 32), float(message.digest & 0xFFFFFFFF), *flags]
+    sent = torch.tensor(values, dtype=torch.float64, device=device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, sent)
+    return [_unpacked(values) for values in torch.stack(received).tolist()]
+
+
+def _unpacked(values: list[float]) -> RankMessage:
+    loss, high, low, *flags = values
+    return RankMessage(loss, (int(high) << 32) | int(low), *(bool(flag) for flag in flags))

@@ -1,0 +1,117 @@
+"""From a commit back to an engine: whether a job may go on from it, and loading it, also at another world size or ZeRO stage."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from cluster import checkpoints, universal
+from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
+from cluster.train_options import TrainJobOptions
+from pipeline import storage
+from pipeline.code_dataset import CodeDataset
+from pipeline.order import SAMPLER_VERSION
+from stages.config import to_dict
+from stages.errors import ArtefactError
+from stages.second_stage.transformer import TransformerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_resumable(
+    commit: checkpoints.Commit, options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig
+) -> None:
+    """Refuses a commit that a job cannot continue exactly. World size and ZeRO stage may differ.
+
+    Raises:
+        ArtefactError: another code dataset, model, order or precision, or an average that starts or ends midway; both sides are named.
+    """
+    content, ours = commit.content, to_dict(config)
+    run, train = options.run, options.train
+    sampler = content["sampler"]
+    pairs = [
+        ("codes.path", "code dataset", content["root_hash"], dataset.root_hash),
+        ("run.seed", "seed", sampler["seed"], run.seed),
+        ("train.global_batch_size", "global batch size", sampler["global_batch_size"], train.global_batch_size),
+        ("Tessera", "sampler version", sampler.get("version"), SAMPLER_VERSION),
+        ("train.shuffle_window", "window", sampler["window"], train.shuffle_window),
+        ("train.precision", "precision", content["precision"], train.precision),
+        ("optim.weight_average_decay", "averaged weights", commit.has(AVERAGES), options.optim.weight_average_decay > 0),
+    ]
+    pairs += [("model", f"transformer {name}", value, ours.get(name)) for name, value in content["transformer"].items()]
+    for key, what, saved, asked in pairs:
+        if saved != asked:
+            raise ArtefactError(
+                f"{key} gives {what} {asked}, but the run at {run.path} was trained to step {commit.step} with {saved}. "
+                f"Use the same value, or another run.path."
+            )
+
+
+def load_commit(engine: Any, commit: checkpoints.Commit) -> None:
+    """Brings an engine to the state of a commit. Every rank must call it.
+
+    Raises:
+        ArtefactError: DeepSpeed finds no state in it, or cannot convert it to this world size and ZeRO stage.
+    """
+    saved = (commit.content["world_size"], commit.content["zero_stage"])
+    ours = (dist.get_world_size(), engine.zero_optimization_stage())
+    if saved == ours or saved[1] == ours[1] == 0:
+        with checkpoints.local_folder(commit) as folder:
+            loaded, _ = engine.load_checkpoint(folder, tag=SHARDS)
+        if loaded is None:
+            raise ArtefactError(f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint.")
+        return
+    logger.info(
+        "Converting %s from world size %d and ZeRO stage %d to %d and %d", commit.path, saved[0], saved[1], ours[0], ours[1]
+    )
+    with _converted(commit) as (folder, converted):
+        averages = os.path.join(folder, AVERAGES) if commit.has(AVERAGES) else None
+        weights = os.path.join(folder, WEIGHTS)
+        universal.load(engine, converted, step=commit.step, weights=weights, averages=averages)
+
+
+@contextmanager
+def _converted(commit: checkpoints.Commit) -> Iterator[tuple[str, str]]:
+    """Local folders of a commit's own files and of its universal form, made once per node and shared by the node's ranks.
+
+    Raises:
+        ArtefactError: on every rank, when any node could not convert it.
+    """
+    node, rank = os.environ.get("NODE_RANK", "0"), dist.get_rank()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, node)
+    is_leader = everyone.index(node) == rank
+    made, error = None, None
+    if is_leader:
+        made = tempfile.mkdtemp(prefix="tessera-universal-")
+        try:
+            _make_universal(commit, made)
+        except ArtefactError as fault:
+            error = fault
+    dist.all_gather_object(everyone, (node, made, error))
+    try:
+        faults = [fault for _, _, fault in everyone if fault is not None]
+        if faults:
+            raise faults[0]
+        folder = next(path for other, path, _ in everyone if other == node and path is not None)
+        own = commit.path if storage.is_local(commit.path) else os.path.join(folder, "checkpoint")
+        yield own, os.path.join(folder, "universal")
+        dist.barrier()  # no rank of the node reads any more
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _make_universal(commit: checkpoints.Commit, folder: str) -> None:
+    with checkpoints.local_folder(commit) as source:
+        universal.convert(os.path.join(source, SHARDS), commit.content["zero_stage"], os.path.join(folder, "universal"))
+        if source != commit.path:
+            os.makedirs(os.path.join(folder, "checkpoint"))
+            for name in (WEIGHTS, AVERAGES):
+                if os.path.exists(os.path.join(source, name)):
+                    shutil.move(os.path.join(source, name), os.path.join(folder, "checkpoint", name))

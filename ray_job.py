@@ -217,12 +217,28 @@ def run_demo(args: argparse.Namespace) -> Any:
 
 
 def run_submit(args: argparse.Namespace) -> Any:
-    from cluster.submit import submit
+    from cluster.job_client import use_cluster
+    from cluster.submit import SubmitOptions, check_command, submit
 
-    job = submit(args.address, args.command_line)
-    if job["exit_code"]:
-        raise SystemExit(job["exit_code"])
-    return job
+    words = args.command_line[1:] if args.command_line[:1] == ["--"] else args.command_line
+    if bool(words) == bool(args.follow):
+        raise ConfigError(
+            "The command is empty, but submit runs another command. Write e.g. submit -- train -c configs/demo.yaml."
+            if not words
+            else f"The command is {words[0]}, but --follow names a job that is there already. Leave one of them out."
+        )
+    use_cluster(args.address)
+    return submit(
+        SubmitOptions(
+            address=args.address,
+            words=check_command(words, parse(build_parser(), words)) if words else (),
+            job_id=args.job_id,
+            follow=args.follow,
+            wait=not args.no_wait,
+            python=args.python,
+            retry_seconds=args.retry_seconds,
+        )
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -335,7 +351,19 @@ def build_parser() -> argparse.ArgumentParser:
         add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
     )
     submit = add("submit", run_submit, "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
-    submit.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
+    submit.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"),
+        metavar="URL",
+        help="dashboard of the head, http://HEAD:8265; RAY_API_SERVER_ADDRESS if not given",
+    )
+    submit.add_argument("--job-id", metavar="NAME", help="name of the job; made up if not given")
+    submit.add_argument("--no-wait", action="store_true", help="return once the job is submitted")
+    submit.add_argument("--follow", metavar="NAME", help="follow a job that is there already, without submitting one")
+    submit.add_argument("--python", default="python", metavar="PATH", help="the interpreter on the head")
+    submit.add_argument(
+        "--retry-seconds", type=float, default=60.0, metavar="N", help="how long a lost connection is tried to be regained"
+    )
     submit.add_argument("command_line", nargs=argparse.REMAINDER, help="a ray_job.py command with its arguments")
     return parser
 
@@ -366,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     summary = to_dict(summary) if dataclasses.is_dataclass(summary) else summary
     if args.json:
         print(json.dumps(summary), flush=True)
-    return 1 if summary.get("ok") is False else summary.get("exit_code", 0)
+    return 1 if summary.get("ok") is False else summary.get("exit_code") or 0
 
 
 if __name__ == "__main__":

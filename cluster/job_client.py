@@ -21,13 +21,16 @@ logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 30.0  # an answer takes milliseconds; a machine that vanished never answers
 PING_SECONDS = 5.0  # between two questions whether the head is still there, while its log says nothing
 PAUSE_SECONDS = 1.0  # before trying again
+DEFAULT_TOKEN_PATH = "~/.ray/auth_token"
 
 
 def use_cluster(address: str | None) -> str:
-    """The address of a head's dashboard; makes Ray's client go there, with a token. To be called before Ray is imported.
+    """The address of a head's dashboard; makes Ray's client go there, with a token if there is one, and say less.
+
+    To be called before Ray is imported.
 
     Raises:
-        ConfigError: no address, or one that is not http.
+        ConfigError: no address, one that is not http, or a token file that is not there.
     """
     if not address:
         raise ConfigError(
@@ -39,8 +42,24 @@ def use_cluster(address: str | None) -> str:
         )
     address = address.rstrip("/")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the address it is given
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # unlike `ray start`, Ray's client shows a token only if told to
+    if _token_source() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # unlike `ray start`, Ray's client shows a token only if told to
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)  # names folders it leaves out anyway
     return address
+
+
+def _token_source() -> str | None:
+    """Where Ray finds a token, in its own order; None if nowhere."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = named or DEFAULT_TOKEN_PATH
+    if os.path.isfile(os.path.expanduser(path)):
+        return path
+    if named:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH is {named}, but there is no such file. Name the file with the head's token.")
+    return None
 
 
 def connect(address: str) -> "JobSubmissionClient":
@@ -70,7 +89,7 @@ def explained(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise TesseraError(_refusal(address, is_missing=error.message.startswith("Authentication required"))) from None
+        raise TesseraError(_refusal(address, is_wrong=error.message.startswith("Authentication failed"))) from None
     except (ConnectionError, requests.RequestException) as error:
         raise TesseraError(
             f"--address is {address}, but no Ray head answers there ({error}). Check the address, and that the head runs with "
@@ -82,15 +101,13 @@ def explained(address: str) -> Iterator[None]:
         ) from None
 
 
-def _refusal(address: str, is_missing: bool) -> str:
-    remedy = "Give the head's: `ray get-auth-token` there prints it, and RAY_AUTH_TOKEN or ~/.ray/auth_token here holds it."
-    if os.environ["RAY_AUTH_MODE"] != "token":
+def _refusal(address: str, is_wrong: bool) -> str:
+    remedy = f"Use the head's: `ray get-auth-token` there prints it; RAY_AUTH_TOKEN or {DEFAULT_TOKEN_PATH} here holds it."
+    if is_wrong:
+        return f"{_token_source()} is a token, but not that of {address}, which accepts no other. {remedy}"
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']}, but {address} wants a token. Unset it. {remedy}"
-    if is_missing:
-        return f"RAY_AUTH_TOKEN is not set and ~/.ray/auth_token is not there, but {address} wants a token. {remedy}"
-    files = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-    source = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else files
-    return f"{source} is a token, but not that of {address}, which accepts no other. {remedy}"
+    return f"RAY_AUTH_TOKEN is not set, nor is there {DEFAULT_TOKEN_PATH}, but {address} wants a token. {remedy}"
 
 
 def follow(client: "JobSubmissionClient", job: str, retry_seconds: float) -> "JobDetails":

@@ -32,6 +32,9 @@ CLOSE_SECONDS = 60.0
 class LiveView:
     """One place that shows a run while it trains."""
 
+    def start(self, line: dict[str, Any]) -> None:
+        """An attempt at the run goes on from `step`, with the seconds that it took to get ready."""
+
     def step(self, line: dict[str, Any]) -> None:
         """One step has ended: its number, its time and numbers, and `part_seconds`."""
 
@@ -51,6 +54,9 @@ class JsonLines(LiveView):
     def __init__(self, path: str):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._file: TextIO = open(path, "a")
+
+    def start(self, line: dict[str, Any]) -> None:
+        self._write({"event": "start", **line})
 
     def step(self, line: dict[str, Any]) -> None:
         self._write(line)

@@ -4,22 +4,19 @@ import time
 
 import torch
 
-# Dense bf16 matrix products without sparsity, by how the name of a CUDA device begins (NVIDIA's data sheets). The longest that fits.
-GPU_PEAK_FLOPS = {
+from cluster.estimates import GPUS
+
+# Dense bf16 matrix products, by how the name of a CUDA device begins (NVIDIA's data sheets). The longest that fits counts.
+GPU_PEAK_FLOPS = {f"NVIDIA {name}": gpu.peak_flop for name, gpu in GPUS.items()} | {
     "NVIDIA A10": 125e12,
     "NVIDIA A10G": 70e12,
     "NVIDIA A30": 165e12,
     "NVIDIA A40": 149.7e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA B200": 2250e12,
     "NVIDIA GH200": 989.4e12,
-    "NVIDIA H100": 989.4e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40": 181e12,
-    "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 3090": 71e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
 }

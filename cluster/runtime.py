@@ -13,7 +13,8 @@ from stages.errors import TesseraError
 logger = logging.getLogger(__name__)
 
 # Ray's default of one minute is too short where machines are still being started.
-WORKER_ENVIRONMENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+WORKER_ENVIRONMENT = {START_TIMEOUT: "600"}
 
 
 def has_cluster() -> bool:
@@ -38,7 +39,9 @@ def connected(*, num_cpus: int | None = None, object_store_bytes: int | None = N
             yield
         return
     if has_cluster():
-        ray.init(runtime_env={"env_vars": WORKER_ENVIRONMENT}, log_to_driver=True)
+        # What the job brought along wins, and Ray refuses the same variable twice.
+        missing = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+        ray.init(runtime_env={"env_vars": missing}, log_to_driver=True)
     else:
         _start_local(num_cpus, object_store_bytes)
     try:

@@ -96,9 +96,10 @@ def submit(options: SubmitOptions) -> dict[str, Any]:
         raise ConfigError(f"--job-id is {options.job_id!r}, but it must be letters, digits, `-`, `_` and `.`. Choose another.")
     client = connect(address)
     job = options.follow or _start(client, address, options)
+    mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     hint = (
         f"Follow it: python ray_job.py submit --address {address} --follow {job}\n"
-        f"Stop it:   RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} ray job stop --address {address} {job}"
+        f"Stop it:   {mode}ray job stop --address {address} {job}"
     )
     if not options.wait:
         print(f"{job} is submitted.\n{hint}", flush=True)
@@ -243,8 +244,6 @@ def _inside_checkout(config_path: str) -> Path:
 def _is_left_out(path: Path) -> bool:
     from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
-    quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.setLevel(logging.WARNING)
-    excludes = get_excludes_from_ignore_files(CHECKOUT, include_gitignore=True, logger=quiet)
+    excludes = get_excludes_from_ignore_files(CHECKOUT, include_gitignore=True)
     above = [parent for parent in path.parents if parent.is_relative_to(CHECKOUT)]
     return any(is_excluded(part) for is_excluded in excludes for part in (path, *above))

@@ -67,7 +67,7 @@ class Trainer:
         timer: StepTimer,
     ):
         self.options, self.should_leave, self.watchdog, self.timer = options, should_leave, watchdog, timer
-        train = options.train
+        train, began = options.train, time.monotonic()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dataset = open_dataset(options.codes, verify=False)
         self.config = dataset_transformer_config(options, self.dataset)
@@ -77,9 +77,11 @@ class Trainer:
         if train.validation_path is not None:
             micro = train.micro_batch_size
             self.validation = Validation(train.validation_path, train.validation_rows, self.dataset, micro)
+        opened = time.monotonic()
         self.engine = build_engine(
             self.config, options.run.seed, train, options.optim, options.deepspeed, self.world_size
         )
+        self.seconds_to_start = {"dataset": opened - began, "engine": time.monotonic() - opened}
         attempt = _broadcast(checkpoints.new_attempt())
         saves_average = options.optim.weight_average_decay > 0.0
         self.checkpointer = Checkpointer(options.run.path, attempt, self.engine, saves_average=saves_average)
@@ -125,7 +127,11 @@ class Trainer:
     def run(self) -> None:
         """Resumes, then steps and commits until the run has `train.num_steps`, or is asked to leave."""
         try:
+            began = time.monotonic()
             self._resume()
+            seconds = self.seconds_to_start | {"checkpoint": time.monotonic() - began}
+            self.metrics.start(self.history.step, seconds)
+            logger.info("Ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
             while self._run_stretch():
                 pass
             self._finish_commit()

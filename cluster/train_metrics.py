@@ -59,6 +59,10 @@ class TrainMetrics:
         if is_writer:
             self._open_views(run_path, attempt)
 
+    def start(self, step: int, seconds: dict[str, float]) -> None:
+        """Shows that this attempt is ready to go on from `step`, and what that took: seconds by what they were for."""
+        self._tell(lambda view: view.start({"step": step, "time": time.time(), "seconds": seconds}))
+
     def record(self, record: dict[str, Any], part_seconds: dict[str, float]) -> None:
         """Shows a step that has ended.
 

@@ -10,11 +10,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from cluster.checkpoints import new_attempt
-from cluster.runtime import has_cluster, user_errors
+from cluster.runtime import START_TIMEOUT, has_cluster, user_errors
 from cluster.stop_request import StopRequest
 from pipeline import storage
 from stages.errors import ConfigError
 from stages.options import ScalingOptions
+
+
+ELASTIC_START_SECONDS = 60
 
 
 class _LocalTrainer(TorchTrainer):
@@ -79,6 +82,9 @@ def run_workers(
     )
     # Ray ends a group of which a worker does not answer for so long, such as a stopped process.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(scaling.hang_timeout_seconds))
+    if scaling.min_workers < scaling.max_workers:
+        # When a node dies its workers do first, so Ray starts a group that counts on the node; only after this time with fewer.
+        os.environ.setdefault(START_TIMEOUT, str(ELASTIC_START_SECONDS))
     try:
         with user_errors():
             trainer.fit()

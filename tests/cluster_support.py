@@ -88,6 +88,7 @@ class Cluster:
         dropped = ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
         self._base = {name: value for name, value in {**os.environ, **environment}.items() if name not in dropped} | {
             "HOME": home,
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # compiled kernels
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_TMPDIR": os.path.join(folder, "head"),
             "RAY_memory_monitor_refresh_ms": "0",

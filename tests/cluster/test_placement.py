@@ -57,6 +57,7 @@ def test_four_workers_on_two_nodes_know_their_place_and_are_found_by_rank(tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_nodes_come_and_go(tmp_path):
     with running_cluster((0,)) as cluster:
         removed, killed, beheaded = (cluster.add_node(num_cpus=1) for _ in range(3))

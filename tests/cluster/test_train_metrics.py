@@ -46,8 +46,9 @@ def events_of(folder):
         while data:
             length, checksum = data[:8], data[8:12]
             (size,) = struct.unpack("<Q", length)
-            content, data = data[12 : 12 + size], data[16 + size :]
+            content, content_checksum, data = data[12 : 12 + size], data[12 + size : 16 + size], data[16 + size :]
             assert struct.unpack("<I", checksum)[0] == masked_crc32c(length)
+            assert struct.unpack("<I", content_checksum)[0] == masked_crc32c(content)
             yield Event.FromString(content)
 
 
@@ -99,7 +100,7 @@ def test_lines_are_json_whatever_the_loss_is(tmp_path):
 
 def test_steps_that_were_undone_are_not_read(tmp_path):
     """Three attempts whose names are not in their order, the second with a rollback, the third cut off within a line."""
-    for attempt, steps in [("c", [0, 1, 2, 3, 4, 5]), ("a", [3, 4, 5, 6, "back to 5", 5]), ("b", [4, 5])]:
+    for attempt, steps in [("c", [0, 1, 2, 3, 4, 5]), ("a", [3, 4, 5, 6, "back to 5", 5]), ("b", [4])]:
         metrics = metrics_of(tmp_path, attempt)
         for step in steps:
             if step == "back to 5":
@@ -111,9 +112,9 @@ def test_steps_that_were_undone_are_not_read(tmp_path):
         if attempt == "a":
             assert [line["step"] for line in read_metrics(str(tmp_path))] == [0, 1, 2, 3, 4, 5]
     with open(tmp_path / "metrics" / "b.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')
+        file.write('{"step": 5, "lo')
     found = read_metrics(str(tmp_path))
-    assert [(line["step"], chr(line["attempt"])) for line in found] == [*zip(range(6), "cccabb")]
+    assert [(line["step"], chr(line["attempt"])) for line in found] == [*zip(range(5), "cccab")]
 
 
 def test_a_run_without_metrics_has_none(tmp_path):
@@ -137,13 +138,42 @@ def test_tensorboard_gets_every_number_and_forgets_what_was_undone(tmp_path):
     assert commit.step == 8 and [(v.tag, v.simple_value) for v in commit.summary.value] == [("commit/validation_nll", 6.5)]
 
 
-def test_a_run_on_s3_is_seen_while_it_trains_and_whole_at_its_end(s3, monkeypatch):
+@pytest.fixture
+def uploads(monkeypatch):
+    """Per round of the thread that uploads, which begin ten times a second: the paths that were sent."""
+    rounds = []
+    replace, upload = storage.replace, live_views.Mirror._upload
+
+    def counted_replace(path, data):
+        replace(path, data)
+        rounds[-1].append(path)
+
+    def counted_upload(mirror):
+        rounds.append([])
+        upload(mirror)
+
     monkeypatch.setattr(live_views, "UPLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "replace", counted_replace)
+    monkeypatch.setattr(live_views.Mirror, "_upload", counted_upload)
+    return rounds
+
+
+def next_rounds(uploads):
+    """Waits for two whole rounds."""
+    begun = len(uploads)
+    until(lambda: len(uploads) > begun + 2)
+
+
+def test_a_run_on_s3_is_seen_while_it_trains_and_whole_at_its_end(s3, uploads):
     metrics = metrics_of(s3)
     metrics.record(record(0), SECONDS)
     until(lambda: storage.exists(f"{s3}/metrics/a.jsonl"))
     metrics.record(record(1), SECONDS)
     until(lambda: len(read_metrics(s3)) == 2)
+    next_rounds(uploads)
+    begun = len(uploads)
+    next_rounds(uploads)
+    assert not any(uploads[begun:])  # what did not grow is not sent again
     metrics.record(record(2), SECONDS)
     (folder,) = (view._folder for view in metrics._views if isinstance(view, live_views.Mirror))
     metrics.close()
@@ -156,18 +186,13 @@ def warnings_in(caplog):
     return [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
 
 
-def test_a_store_that_is_gone_for_a_while_is_named_once_and_gets_everything_later(s3, monkeypatch, caplog):
-    monkeypatch.setattr(live_views, "UPLOAD_SECONDS", 0.05)
+def test_a_store_that_is_gone_for_a_while_is_named_once_and_gets_everything_later(s3, monkeypatch, caplog, uploads):
     with monkeypatch.context() as patch:
         _, words = break_store(patch, "no server")
         metrics = metrics_of(s3)
-        uploads = iter(range(10**6))
-        upload = live_views.Mirror._upload
-        patch.setattr(live_views.Mirror, "_upload", lambda self: (upload(self), next(uploads)))
         for step in range(3):
             metrics.record(record(step), SECONDS)
-            done = next(uploads)
-            until(lambda: next(uploads) > done + 3)
+            next_rounds(uploads)
         (warning,) = warnings_in(caplog)
         assert s3 in warning and all(word in warning for word in words), warning
     metrics.close()

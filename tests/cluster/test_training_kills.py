@@ -210,7 +210,7 @@ def test_processes_of_ray_are_killed(tmp_path, expected_log, victims, zero_stage
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(tmp_path, expected_log):
     scaling = {"num_workers": [1, 2], "resize_every_seconds": 2.0}
     config = ray_job_config(tmp_path, scaling=scaling, train={"num_steps": 3000, "keep_checkpoints": 500})
-    with running_cluster((0, 1, 1)) as cluster:
+    with running_cluster((0, 1, 1), RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15") as cluster:
         driver = cluster.start("ray_job.py", "train", "-c", config)
         wait_for_world_size(tmp_path, driver, 2)
         cluster.kill_node(cluster.nodes[2])

@@ -12,6 +12,8 @@ from stages.schedule import warmup_constant, warmup_cosine, warmup_stable_decay
 from stages.second_stage.optimizer import AveragingAdamW
 from stages.second_stage.transformer import Transformer, TransformerConfig, parameter_groups
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
 
 def engine_config(
     train: TrainOptions, optim: OptimOptions, deepspeed: DeepSpeedOptions, world_size: int
@@ -60,6 +62,9 @@ def build_engine(
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed as ds
 
+    # On CPUs DeepSpeed compiles a collective of its own under a lock file; a process that is killed there leaves the lock, and every
+    # later training on the machine waits for it without end. gloo does the same work.
+    ds.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     settings = engine_config(train, optim, deepspeed, world_size)
     torch.manual_seed(seed)
     model = Transformer(config, checkpoint_activations=train.activation_checkpointing)

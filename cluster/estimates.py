@@ -267,11 +267,13 @@ def _phases(
     else:
         forward = backward = gradients + graph + buffers
         step = gradients + sizes.bucket
+    step += parts["step"]
     if zero_stage in (1, 2):
-        build += sizes.group  # flattened, one optimizer group after the other
+        # One optimizer group after the other is flattened; gloo gathers its new weights beside the old ones, NCCL in place.
+        build, step = build + sizes.group, max(step, 0 if use_gpu else sizes.group)
     return {
         "build": build,
         "forward": resident + forward,
         "backward": resident + backward,
-        "step": resident + step + parts["step"],
+        "step": resident + step,
     }

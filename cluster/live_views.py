@@ -71,8 +71,9 @@ class JsonLines(LiveView):
         self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        finite = {name: None if is_number(value) and not math.isfinite(value) else value for name, value in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        # JSON has no word for what is not finite.
+        lost = {name: None for name, value in line.items() if is_number(value) and not math.isfinite(value)}
+        self._file.write(json.dumps({**line, **lost}) + "\n")
         self._file.flush()
 
 

@@ -176,4 +176,5 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
 
 
 def _warn(what: str, error: Exception) -> None:
-    logger.warning("%s stops: %s: %s. Training goes on, and its commits are untouched.", what, type(error).__name__, error)
+    text = "%s stops: %s: %s. Training goes on, and its commits are untouched."
+    logger.warning(text, what, type(error).__name__, error)

@@ -33,6 +33,8 @@ import requests
 ROOT = Path(__file__).resolve().parents[1]
 NODE = "TESSERA_TEST_NODE"  # environment variable: the folder of the node that a process belongs to
 OBJECT_STORE_BYTES = 100 << 20
+# What DeepSpeed has compiled on this machine. Every node gets a copy: whoever is killed in the wrong moment leaves a lock there.
+COMPILED_KERNELS = Path.home() / ".cache" / "torch_extensions" / "py{}{}_cpu".format(*sys.version_info)
 # The head takes a node for lost after five checks without an answer: some seconds instead of Ray's fifteen and more.
 HEALTH_CHECKS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
 
@@ -88,7 +90,6 @@ class Cluster:
         dropped = ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
         self._base = {name: value for name, value in {**os.environ, **environment}.items() if name not in dropped} | {
             "HOME": home,
-            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # compiled kernels
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_TMPDIR": os.path.join(folder, "head"),
             "RAY_memory_monitor_refresh_ms": "0",
@@ -118,13 +119,16 @@ class Cluster:
         folder = os.path.join(self.folder, name)
         os.makedirs(os.path.join(folder, "tmp"))
         os.makedirs(os.path.join(folder, "ray"))
+        kernels = os.path.join(folder, "kernels")
+        if COMPILED_KERNELS.exists():
+            shutil.copytree(COMPILED_KERNELS, kernels, ignore=shutil.ignore_patterns("lock"))
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address", ip, *options]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(OBJECT_STORE_BYTES)]
         command += ["--dashboard-agent-listen-port", str(free_port()), "--min-worker-port", "0", "--max-worker-port", "0"]
         with open(f"{folder}.log", "w") as log:
             process = subprocess.Popen(
                 command,
-                env={**environment, NODE: folder, "TMPDIR": os.path.join(folder, "tmp")},
+                env={**environment, NODE: folder, "TMPDIR": os.path.join(folder, "tmp"), "TORCH_EXTENSIONS_DIR": kernels},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

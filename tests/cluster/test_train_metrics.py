@@ -131,11 +131,12 @@ def test_tensorboard_gets_every_number_and_forgets_what_was_undone(tmp_path):
     assert version.file_version == "brain.Event:2"
     assert [(e.step, e.session_log.status) for e in (start, back)] == [(7, SessionLog.START), (8, SessionLog.START)]
     values = {value.tag: value.simple_value for value in step.summary.value}
-    expected = {"loss": 0.0, "learning_rate": 1e-3, "grad_norm": 0.5, "seconds": 4.0, "codes_per_second": 200.0, "mfu": 0.5}
-    expected = {f"train/{name}": value for name, value in expected.items()}
+    expected = {"train/loss": 0.0, "train/learning_rate": 1e-3, "train/grad_norm": 0.5}
+    expected |= {"train/seconds": 4.0, "train/codes_per_second": 200.0, "train/mfu": 0.5}
     expected |= {f"step_seconds/{part}": value for part, value in SECONDS.items()}
     assert step.step == 7 and values == pytest.approx(expected)
-    assert commit.step == 8 and [(v.tag, v.simple_value) for v in commit.summary.value] == [("commit/validation_nll", 6.5)]
+    (measured,) = commit.summary.value
+    assert (commit.step, measured.tag, measured.simple_value) == (8, "commit/validation_nll", 6.5)
 
 
 @pytest.fixture
@@ -245,9 +246,7 @@ def test_the_progress_line_says_how_fast_the_typical_step_is(tmp_path, caplog):
     ]
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (360000, "100:00:00")]
-)
+@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (360000, "100:00:00")])
 def test_hours(seconds, text):
     assert hours(seconds) == text
 

@@ -124,7 +124,7 @@ def test_a_death_while_a_checkpoint_is_converted_changes_nothing(tmp_path, codes
     assert verify_run(job.run.path) == []
 
 
-STEPS = {"num_steps": 300, "checkpoint_every_steps": 20, "keep_checkpoints": 2, "spike_threshold": 0.0}
+STEPS = {"num_steps": 160, "checkpoint_every_steps": 10, "keep_checkpoints": 2, "spike_threshold": 0.0}
 
 
 @pytest.fixture(scope="module")

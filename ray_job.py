@@ -283,8 +283,12 @@ def build_parser() -> argparse.ArgumentParser:
             "-c configs/imagenet.yaml -c configs/models/llamagen-b.yaml --gpu H100",
         )
     )
-    plan.add_argument("--gpu", metavar="NAME", help="A100, H100, H200, B200 or L40S: hours, and whether memory suffices")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that the run reaches (%(default)s)")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="A100, H100, H200, B200 or L40S: hours, and whether memory suffices"
+    )
+    plan.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the GPU's peak that the run reaches (%(default)s)"
+    )
     plan.add_argument("--hours", type=float, help="how fast the run must be to take so long")
     configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
     importer = add(
@@ -338,7 +342,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     exporter.add_argument("checkpoint", help="folder of a checkpoint, of any world size and ZeRO stage")
     exporter.add_argument("--output", required=True, help="folder for transformer.safetensors and config.json")
-    exporter.add_argument("--weights", default="average", choices=["average", "last"], help="averaged, where it has them")
+    exporter.add_argument(
+        "--weights", default="average", choices=["average", "last"], help="averaged, where it has them"
+    )
     exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
@@ -362,7 +368,11 @@ def build_parser() -> argparse.ArgumentParser:
     submit.add_argument("--follow", metavar="NAME", help="follow a job that is there already, without submitting one")
     submit.add_argument("--python", default="python", metavar="PATH", help="the interpreter on the head")
     submit.add_argument(
-        "--retry-seconds", type=float, default=60.0, metavar="N", help="how long a lost connection is tried to be regained"
+        "--retry-seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="how long a lost connection is tried to be regained",
     )
     submit.add_argument("command_line", nargs=argparse.REMAINDER, help="a ray_job.py command with its arguments")
     return parser

@@ -106,7 +106,9 @@ def _rate(run, repeats: int) -> tuple[np.ndarray, float]:
 def in_process(**arguments: object) -> dict:
     """`bare_loop` in a fresh process, so that no allocator setting reaches another mode."""
     command = [sys.executable, __file__, "--bare", json.dumps(arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return json.loads(output.stdout.splitlines()[-1])
 
 

@@ -5,10 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -21,6 +22,8 @@ from stages.errors import StorageError
 from stages.second_stage.optimizer import WEIGHT_AVERAGE
 
 logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 1.0
 
 Entries = list[dict[str, Any]]
 
@@ -36,10 +39,14 @@ class Checkpointer:
         attempt: unique to this group of processes.
         engine: DeepSpeed's.
         saves_average: whether the optimizer keeps averaged weights.
+        keep_alive: called while `finish` waits for a slow store, as long as all ranks live.
     """
 
-    def __init__(self, run_path: str, attempt: str, engine: Any, *, saves_average: bool):
+    def __init__(
+        self, run_path: str, attempt: str, engine: Any, *, saves_average: bool, keep_alive: Callable[[], None]
+    ):
         self.run_path, self.attempt, self.engine, self.saves_average = run_path, attempt, engine, saves_average
+        self.keep_alive = keep_alive
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-publisher")
         self._published: Future[Entries] | None = None
@@ -114,6 +121,7 @@ class Checkpointer:
         """
         if self._published is None:
             return None
+        self._wait_for_all(self._published)
         outcome: Any
         try:
             outcome = self._published.result()
@@ -129,6 +137,16 @@ class Checkpointer:
         if isinstance(box[0], StorageError):
             raise box[0]
         return box[0]
+
+    def _wait_for_all(self, published: Future[Entries]) -> None:
+        """Until every rank has published. Ranks meet every second, so that one that died is noticed, and a slow store is no hang."""
+        while True:
+            is_done = torch.tensor(float(published.done()), device=self.engine.device)
+            dist.all_reduce(is_done, dist.ReduceOp.MIN)
+            self.keep_alive()
+            if is_done.item():
+                return
+            wait([published], timeout=WAIT_SECONDS)
 
     def _commit(self, outcomes: list[Entries | StorageError]) -> checkpoints.Commit:
         entries: Entries = []

@@ -252,7 +252,9 @@ def _phases(
     gradients, buffers = parts["gradients"], parts["buffers"]
     resident = parts["weights"] + parts["optimizer"] + (0 if use_gpu else parts["host"])
     graph = parts["activations"] + parts["logits"]
-    build = sizes.whole if use_gpu else 4 * sizes.whole // sizes.element  # DeepSpeed gets the model whole, on CPUs in fp32
+    build = (
+        sizes.whole if use_gpu else 4 * sizes.whole // sizes.element
+    )  # DeepSpeed gets the model whole, on CPUs in fp32
     if zero_stage == 0:
         forward, backward, step = gradients * accumulates + graph, gradients + buffers, gradients
     elif zero_stage == 1:

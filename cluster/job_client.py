@@ -43,9 +43,13 @@ def use_cluster(address: str | None) -> str:
     address = address.rstrip("/")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the address it is given
     if _token_source() is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # unlike `ray start`, Ray's client shows a token only if told to
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # unlike `ray start`, Ray's client shows a token only if told to
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)  # names folders it leaves out anyway
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(
+        logging.ERROR
+    )  # names folders it leaves out anyway
     return address
 
 
@@ -58,7 +62,9 @@ def _token_source() -> str | None:
     if os.path.isfile(os.path.expanduser(path)):
         return path
     if named:
-        raise ConfigError(f"RAY_AUTH_TOKEN_PATH is {named}, but there is no such file. Name the file with the head's token.")
+        raise ConfigError(
+            f"RAY_AUTH_TOKEN_PATH is {named}, but there is no such file. Name the file with the head's token."
+        )
     return None
 
 
@@ -102,7 +108,9 @@ def explained(address: str) -> Iterator[None]:
 
 
 def _refusal(address: str, is_wrong: bool) -> str:
-    remedy = f"Use the head's: `ray get-auth-token` there prints it; RAY_AUTH_TOKEN or {DEFAULT_TOKEN_PATH} here holds it."
+    remedy = (
+        f"Use the head's: `ray get-auth-token` there prints it; RAY_AUTH_TOKEN or {DEFAULT_TOKEN_PATH} here holds it."
+    )
     if is_wrong:
         return f"{_token_source()} is a token, but not that of {address}, which accepts no other. {remedy}"
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":

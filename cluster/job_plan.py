@@ -254,7 +254,11 @@ def render(config: Config, derived: dict[str, dict[str, Any]]) -> str:
 def _memory_table(stages: dict[str, dict[str, Any]]) -> list[str]:
     """One line per ZeRO stage and one column per part; `host` and `model state` only where they say something."""
     names = list(next(iter(stages.values())))
-    names = [name for name in names if name != "model state" and any(parts[name] for parts in stages.values()) or name.startswith("fits")]
+    names = [
+        name
+        for name in names
+        if name != "model state" and any(parts[name] for parts in stages.values()) or name.startswith("fits")
+    ]
     lines = ["  " + " " * 6 + "".join(f"  {name}" for name in names)]
     for stage, parts in stages.items():
         cells = [f"{_cell(parts[name]):>{len(name)}}" for name in names]

@@ -41,7 +41,12 @@ def check_resumable(
         ("Tessera", "sampler version", sampler.get("version"), SAMPLER_VERSION),
         ("train.shuffle_window", "window", sampler["window"], train.shuffle_window),
         ("train.precision", "precision", content["precision"], train.precision),
-        ("optim.weight_average_decay", "averaged weights", commit.has(AVERAGES), options.optim.weight_average_decay > 0),
+        (
+            "optim.weight_average_decay",
+            "averaged weights",
+            commit.has(AVERAGES),
+            options.optim.weight_average_decay > 0,
+        ),
     ]
     pairs += [("model", f"transformer {name}", value, ours.get(name)) for name, value in content["transformer"].items()]
     for key, what, saved, asked in pairs:
@@ -64,10 +69,17 @@ def load_commit(engine: Any, commit: checkpoints.Commit) -> None:
         with checkpoints.local_folder(commit) as folder:
             loaded, _ = engine.load_checkpoint(folder, tag=SHARDS)
         if loaded is None:
-            raise ArtefactError(f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint.")
+            raise ArtefactError(
+                f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint."
+            )
         return
     logger.info(
-        "Converting %s from world size %d and ZeRO stage %d to %d and %d", commit.path, saved[0], saved[1], ours[0], ours[1]
+        "Converting %s from world size %d and ZeRO stage %d to %d and %d",
+        commit.path,
+        saved[0],
+        saved[1],
+        ours[0],
+        ours[1],
     )
     with _converted(commit) as (folder, converted):
         averages = os.path.join(folder, AVERAGES) if commit.has(AVERAGES) else None

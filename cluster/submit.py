@@ -93,7 +93,9 @@ def submit(options: SubmitOptions) -> dict[str, Any]:
     """
     address = use_cluster(options.address)
     if options.job_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", options.job_id):
-        raise ConfigError(f"--job-id is {options.job_id!r}, but it must be letters, digits, `-`, `_` and `.`. Choose another.")
+        raise ConfigError(
+            f"--job-id is {options.job_id!r}, but it must be letters, digits, `-`, `_` and `.`. Choose another."
+        )
     client = connect(address)
     job = options.follow or _start(client, address, options)
     mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
@@ -172,7 +174,9 @@ def travelling(environment: Mapping[str, str], address: str) -> dict[str, str]:
         url = found.get(name, "")
         if "@" in url or (_is_loopback(url) and not _is_loopback(address)):
             del found[name]
-            logger.warning("%s stays here: it is of no use, or too much, to the cluster. Set it where Ray is started.", name)
+            logger.warning(
+                "%s stays here: it is of no use, or too much, to the cluster. Set it where Ray is started.", name
+            )
     return found
 
 
@@ -195,7 +199,9 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
         ConfigError: a submit inside submit, a configuration that is wrong or does not travel, or a path that means nothing there.
     """
     if parsed.command == "submit":
-        raise ConfigError("The command is submit, but a job cannot be submitted by another. Name the command that is to run.")
+        raise ConfigError(
+            "The command is submit, but a job cannot be submitted by another. Name the command that is to run."
+        )
     paths = {
         key: getattr(parsed, name)
         for name, key in PATH_ARGUMENTS.items()
@@ -208,12 +214,16 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
             paths |= _section_paths(section, getattr(config, section))
     check_paths(paths)
     inside = {path: _inside_checkout(path) for path in config_paths}
-    spellings = {f"{flag}{path}": f"{flag}{there}" for path, there in inside.items() for flag in ("", "-c", "--config=")}
+    spellings = {
+        f"{flag}{path}": f"{flag}{there}" for path, there in inside.items() for flag in ("", "-c", "--config=")
+    }
     return tuple(spellings.get(word, word) for word in words)
 
 
 def _section_paths(section: str, options: Any) -> dict[str, str]:
-    names = [field.name for field in dataclasses.fields(options) if field.name == "path" or field.name.endswith("_path")]
+    names = [
+        field.name for field in dataclasses.fields(options) if field.name == "path" or field.name.endswith("_path")
+    ]
     return {f"{section}.{name}": path for name in names if (path := getattr(options, name)) is not None}
 
 

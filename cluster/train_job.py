@@ -70,7 +70,9 @@ def _run_to_the_end(options: TrainJobOptions) -> checkpoints.Commit:
             except ray.train.TrainingFailedError as error:
                 if stop.is_made or _step(_newest(run_path)) <= step_before:
                     raise
-                logger.warning("The workers failed too often, but committed since they started: starting again. %s", error)
+                logger.warning(
+                    "The workers failed too often, but committed since they started: starting again. %s", error
+                )
                 continue
             newest = _newest(run_path)
             if newest is not None and newest.step >= options.train.num_steps:

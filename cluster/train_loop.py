@@ -83,8 +83,13 @@ class Trainer:
         )
         self.seconds_to_start = {"dataset": opened - began, "engine": time.monotonic() - opened}
         attempt = _broadcast(checkpoints.new_attempt())
-        saves_average = options.optim.weight_average_decay > 0.0
-        self.checkpointer = Checkpointer(options.run.path, attempt, self.engine, saves_average=saves_average)
+        self.checkpointer = Checkpointer(
+            options.run.path,
+            attempt,
+            self.engine,
+            saves_average=options.optim.weight_average_decay > 0.0,
+            keep_alive=watchdog.feed,
+        )
         self.metrics = self._open_metrics(attempt, num_threads)
         self.num_rollbacks = 0  # since the last commit
         self.looked_at = self.committed_at = time.monotonic()

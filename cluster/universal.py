@@ -95,7 +95,9 @@ def _read(folder: str, name: str, key: str) -> Tensor:
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
     except FileNotFoundError:
-        raise ArtefactError(f"The converted checkpoint has no {key} of {name}, but the model does. Use another checkpoint.") from None
+        raise ArtefactError(
+            f"The converted checkpoint has no {key} of {name}, but the model does. Use another checkpoint."
+        ) from None
     return (content["param"] if isinstance(content, dict) else content).float()
 
 

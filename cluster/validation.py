@@ -47,7 +47,9 @@ class Validation:
         with torch.no_grad():
             for index in range(count):
                 rows = mine[index * self.micro_batch_size : (index + 1) * self.micro_batch_size]
-                padded = np.resize(rows, self.micro_batch_size) if len(rows) else np.zeros(self.micro_batch_size, np.int64)
+                padded = (
+                    np.resize(rows, self.micro_batch_size) if len(rows) else np.zeros(self.micro_batch_size, np.int64)
+                )
                 codes = torch.from_numpy(self.dataset.codes(padded).astype(np.int64)).to(engine.device)
                 labels = torch.from_numpy(self.dataset.labels(padded)).to(engine.device)
                 total += nll(engine(codes, labels), codes)[: len(rows)].double().sum().cpu()

@@ -16,7 +16,6 @@ from pipeline import storage
 from stages.errors import ConfigError
 from stages.options import ScalingOptions
 
-
 ELASTIC_START_SECONDS = 60
 
 

@@ -160,9 +160,7 @@ def first_absent(addresses: np.ndarray, rows: np.ndarray, group_shift: int) -> i
 
 
 @njit(nogil=True, cache=True)
-def gather_bytes(
-    addresses: np.ndarray, rows: np.ndarray, group_shift: int, row_bytes: int, out_NB: np.ndarray
-) -> None:
+def gather_bytes(addresses: np.ndarray, rows: np.ndarray, group_shift: int, row_bytes: int, out_NB: np.ndarray) -> None:
     """Copies rows of a fixed-width column into `out_NB`, uint8 (N, row_bytes). Other arguments as for `gather_codes`."""
     mask = (1 << group_shift) - 1
     for i in range(len(rows)):

@@ -22,7 +22,9 @@ def lineage() -> dict[str, Any]:
 
 
 def _git_sha() -> str | None:
-    if sha := os.environ.get("TESSERA_GIT_SHA"):  # a job works in a copy of a work tree: `submit`, or the image, says of what
+    if sha := os.environ.get(
+        "TESSERA_GIT_SHA"
+    ):  # a job works in a copy of a work tree: `submit`, or the image, says of what
         return sha
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:

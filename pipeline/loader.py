@@ -136,9 +136,7 @@ class CodeLoader:
         missing = self._num_micro_batches * self.micro_batch_size - len(values)
         return np.concatenate([values, np.full(missing, fill, values.dtype)])
 
-    def iterate(
-        self, start_step: int, stop_step: int, skipped: Sequence[tuple[int, int]] = ()
-    ) -> Iterator[LoadedStep]:
+    def iterate(self, start_step: int, stop_step: int, skipped: Sequence[tuple[int, int]] = ()) -> Iterator[LoadedStep]:
         """The steps [start_step, stop_step) in order; the next ones are read while the caller computes."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="code-loader") as reader:
             ahead: deque[Future[LoadedStep]] = deque()

@@ -129,7 +129,9 @@ def list_temporary_files(path: str, older_than: float) -> list[str]:
     if not is_local(path):
         return []
     found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
-    return sorted(name for name in found if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than)
+    return sorted(
+        name for name in found if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than
+    )
 
 
 @on_store

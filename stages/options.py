@@ -136,13 +136,15 @@ class CodesOptions:
         False, "Leave out images whose bytes are those of an earlier one; they are reported either way."
     )
     remap_unused: bool = option(
-        False, "Number the codebook entries that occur densely, so that fewer bits hold them; readers see the codes as ever."
+        False,
+        "Number the codebook entries that occur densely, so that fewer bits hold them; readers see the codes as ever.",
     )
     row_group_rows: int | None = option(
         None, "Rows per row group, a power of two; 16384, or fewer of large rows, if not given.", low=1
     )
     verify_on_open: bool = option(
-        True, "Hash every file of the dataset before training starts. Row groups are checked as they are read either way."
+        True,
+        "Hash every file of the dataset before training starts. Row groups are checked as they are read either way.",
     )
     cache_path: str | None = option(
         None, "Local folder for row groups of a dataset on S3; the system's temporary folder if not given."
@@ -235,7 +237,9 @@ class TrainOptions:
         low=0.0,
     )
     skip_batches: int = option(16, "Global batches up to the offending one that are then left out.", low=1)
-    max_rollbacks: int = option(3, "Times in a row, without a new commit, that a run goes back before it gives up.", low=0)
+    max_rollbacks: int = option(
+        3, "Times in a row, without a new commit, that a run goes back before it gives up.", low=0
+    )
     deterministic: bool = option(False, "Refuse operations whose result is not bitwise reproducible.")
 
 
@@ -258,7 +262,9 @@ class ScalingOptions:
     """Workers of the two training jobs."""
 
     num_workers: int | tuple[int, ...] = option(
-        1, "Training processes (world size). For `train` also [min, max]: the run shrinks and grows with the cluster.", low=1
+        1,
+        "Training processes (world size). For `train` also [min, max]: the run shrinks and grows with the cluster.",
+        low=1,
     )
     use_gpu: bool = option(False, "One GPU per worker.")
     cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)

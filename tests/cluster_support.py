@@ -124,11 +124,23 @@ class Cluster:
             shutil.copytree(COMPILED_KERNELS, kernels, ignore=shutil.ignore_patterns("lock"))
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address", ip, *options]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(OBJECT_STORE_BYTES)]
-        command += ["--dashboard-agent-listen-port", str(free_port()), "--min-worker-port", "0", "--max-worker-port", "0"]
+        command += [
+            "--dashboard-agent-listen-port",
+            str(free_port()),
+            "--min-worker-port",
+            "0",
+            "--max-worker-port",
+            "0",
+        ]
         with open(f"{folder}.log", "w") as log:
             process = subprocess.Popen(
                 command,
-                env={**environment, NODE: folder, "TMPDIR": os.path.join(folder, "tmp"), "TORCH_EXTENSIONS_DIR": kernels},
+                env={
+                    **environment,
+                    NODE: folder,
+                    "TMPDIR": os.path.join(folder, "tmp"),
+                    "TORCH_EXTENSIONS_DIR": kernels,
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

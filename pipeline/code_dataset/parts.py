@@ -198,7 +198,9 @@ def _row_groups(data: bytes, table: pa.Table, addressed: dict[str, int]) -> list
                 offset, size = offset + size - num_bytes, num_bytes
                 # The arithmetic rests on how the writer lays pages out, so every part proves it.
                 if data[offset : offset + size] != values[name][start : start + group.num_rows].tobytes():
-                    raise RuntimeError(f"the Parquet writer put column {name} where row-addressed reading does not look")
+                    raise RuntimeError(
+                        f"the Parquet writer put column {name} where row-addressed reading does not look"
+                    )
             digest = xxhash.xxh3_64_hexdigest(memoryview(data)[offset : offset + size])
             entry[name] = {"offset": offset, "bytes": size, "xxh3_64": digest}
         groups.append({"rows": group.num_rows, "columns": entry})

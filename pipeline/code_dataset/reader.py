@@ -94,9 +94,7 @@ class CodeDataset:
         """
         with self._lock:
             addresses = self._addresses(CODES, rows, wait)
-            return unpack_rows(
-                addresses, rows, self._group_shift, self.num_codes, self._format.bits, self._original
-            )
+            return unpack_rows(addresses, rows, self._group_shift, self.num_codes, self._format.bits, self._original)
 
     def labels(self, rows: np.ndarray, *, wait: bool = True) -> np.ndarray:
         """Classes of rows, int64 (n,); -1 where there is none. Raises like `codes`."""

@@ -162,7 +162,9 @@ class CachedRowGroups:
 
     def _file(self, group: int) -> str:
         extent = self._extent_of(group)
-        return os.path.join(self._folder, f"{xxhash.xxh3_64_hexdigest(extent.path.encode())}-{extent.offset}-{extent.xxh3_64}")
+        return os.path.join(
+            self._folder, f"{xxhash.xxh3_64_hexdigest(extent.path.encode())}-{extent.offset}-{extent.xxh3_64}"
+        )
 
     def _fetch(self, group: int) -> None:
         extent, file = self._extent_of(group), self._file(group)

@@ -50,7 +50,9 @@ def _content_problems(root: str, manifest: dict[str, Any]) -> list[str]:
         problems.append(f"{root} lists {len(duplicates)} duplicates, but its manifest counts {counts['n_duplicates']}")
     images = plan.images.filter(~np.isin(plan.images[IMAGE_ID].to_numpy(), list(left_out)))
     if len(images) != counts["n_images"]:
-        problems.append(f"{root} has a plan of {len(images)} usable images, but its manifest counts {counts['n_images']}")
+        problems.append(
+            f"{root} has a plan of {len(images)} usable images, but its manifest counts {counts['n_images']}"
+        )
     problems += _layout_problems(root, manifest)
     if problems:
         return problems  # rows cannot be told apart

@@ -64,9 +64,7 @@ def test_flop_are_those_that_torch_counts():
 
 
 def activations(config, precision, checkpointing=False):
-    return activation_bytes(
-        config, precision=precision, num_rows=NUM_ROWS, use_gpu=False, checkpointing=checkpointing
-    )
+    return activation_bytes(config, precision=precision, num_rows=NUM_ROWS, use_gpu=False, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -192,5 +190,7 @@ def test_the_peak_of_real_ranks_is_the_predicted_one_with_other_options(override
 
 @pytest.mark.slow
 def test_stage_3_on_four_ranks_holds_a_third_of_the_state_of_stage_0():
-    whole, sharded = (measure(4, configure(["train.precision=fp32"], 4, stage, 1), as_trained=False) for stage in (0, 3))
+    whole, sharded = (
+        measure(4, configure(["train.precision=fp32"], 4, stage, 1), as_trained=False) for stage in (0, 3)
+    )
     assert sharded[1] <= 0.35 * whole[1]

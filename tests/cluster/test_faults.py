@@ -145,7 +145,12 @@ def test_ranks_end_when_one_hangs(tmp_path, codes):
 
 
 def test_commits_follow_the_clock(tmp_path, codes):
-    sections = {"num_steps": 5, "checkpoint_every_steps": 1000, "checkpoint_every_seconds": 1e-6, "keep_checkpoints": 99}
+    sections = {
+        "num_steps": 5,
+        "checkpoint_every_steps": 1000,
+        "checkpoint_every_seconds": 1e-6,
+        "keep_checkpoints": 99,
+    }
     options = options_for(tmp_path, codes, train=sections)
     train(options, 2)
     assert [commit.step for commit in checkpoints.list_commits(options.run.path)] == [1, 2, 3, 4, 5]

@@ -53,7 +53,9 @@ def test_the_state_of_a_rank_is_what_deepspeed_keeps():
     assert state[0] == 16 * parameters
     assert state[1] == (2 + 2 + 12 / 2) * parameters
     assert state[2] == (2 + 2 / 2 + 12 / 2) * parameters
-    assert state[3] == (2 / 2 + 2 + 2 / 2 + 12 / 2) * parameters  # weights as small as these stay whole beside their slices
+    assert (
+        state[3] == (2 / 2 + 2 + 2 / 2 + 12 / 2) * parameters
+    )  # weights as small as these stay whole beside their slices
 
 
 def test_a_range_of_workers_is_planned_at_both_ends():
@@ -62,7 +64,9 @@ def test_a_range_of_workers_is_planned_at_both_ends():
     assert derived["training"]["gradient accumulation steps"] == [2, 1]
     few, many = derived["memory per rank at world size 2"], derived["memory per rank at world size 4"]
     assert few["ZeRO-3"]["peak"] > many["ZeRO-3"]["peak"]
-    assert [few["ZeRO-1"]["model state"], many["ZeRO-1"]["model state"]] == derived["model state bytes per rank"]["ZeRO-1"]
+    assert [few["ZeRO-1"]["model state"], many["ZeRO-1"]["model state"]] == derived["model state bytes per rank"][
+        "ZeRO-1"
+    ]
     speed = derived["on A100 at 40% of its peak"]
     assert speed["hours"][0] == pytest.approx(2 * speed["hours"][1])
     assert speed["GPU-hours"][0] == pytest.approx(speed["GPU-hours"][1])

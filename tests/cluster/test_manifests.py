@@ -54,7 +54,9 @@ def command_lines() -> list[list[str]]:
         for mapping in walk(yaml.safe_load(path.read_text())):
             found += [shlex.split(mapping["entrypoint"])] if "entrypoint" in mapping else []
             found += [mapping["command"]] if "ray_job.py" in mapping.get("command", []) else []
-        found += [shlex.split(line) for line in re.findall(r"^# +(python ray_job.py .*)$", path.read_text(), re.MULTILINE)]
+        found += [
+            shlex.split(line) for line in re.findall(r"^# +(python ray_job.py .*)$", path.read_text(), re.MULTILINE)
+        ]
     blocks = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) + re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         found += [shlex.split(line, comments=True)] if "ray_job.py " in line else []
@@ -120,7 +122,9 @@ def test_ray_up_follows_rays_schema():
     assert config["head_node_type"] in config["available_node_types"]
     assert config["docker"]["image"] == f"registry.example.com/tessera:{version()}"
     assert any(path.endswith(".ray/auth_token") for path in config["file_mounts"])
-    starts = [text for text in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in text]
+    starts = [
+        text for text in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in text
+    ]
     assert len(starts) == 2 and all(shlex.split(text) for text in starts)
 
 

@@ -66,7 +66,9 @@ def test_nodes_come_and_go(tmp_path):
         cluster.remove_node(removed)
         cluster.kill_node(killed)
         cluster.kill_raylet(beheaded)
-        wait_until(lambda: sum(node["state"] == "ALIVE" for node in cluster.state("nodes")) == 1, "the head has noticed")
+        wait_until(
+            lambda: sum(node["state"] == "ALIVE" for node in cluster.state("nodes")) == 1, "the head has noticed"
+        )
         assert not removed.processes() and not killed.processes()
         cluster.add_node(num_cpus=1)
     assert not cluster.processes()

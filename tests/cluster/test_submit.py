@@ -25,7 +25,19 @@ from stages.config import load_config
 from stages.errors import ConfigError
 
 SECRET = "sesame-open"
-LOCAL_ONLY = (".git", ".venv", ".env", "id_rsa", "notes.txt", "runs", "tests", "docs", "images", "secrets.yaml", "weights.ckpt")
+LOCAL_ONLY = (
+    ".git",
+    ".venv",
+    ".env",
+    "id_rsa",
+    "notes.txt",
+    "runs",
+    "tests",
+    "docs",
+    "images",
+    "secrets.yaml",
+    "weights.ckpt",
+)
 
 
 class Laptop:
@@ -115,8 +127,12 @@ class TestJobs:
         assert told["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "https://store.example"
         assert told["runtime_env"]["env_vars"]["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "321"
         assert all(name in err for name in ("AWS_ENDPOINT_URL", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"))
-        (package,) = Path(laptop.cluster.folder).glob("head/ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
-        uploaded = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+        (package,) = Path(laptop.cluster.folder).glob(
+            "head/ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"
+        )
+        uploaded = {
+            str(path.relative_to(package)) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"
+        }
         assert {"ray_job.py", "configs/demo.yaml", "stages/options.py", "evaluation/report.html.j2"} <= uploaded
         assert not {name.split("/")[0] for name in uploaded} & set(LOCAL_ONLY)
         assert sum((package / name).stat().st_size for name in uploaded) < 2 << 20
@@ -128,7 +144,10 @@ class TestJobs:
         killed = laptop.program("killed.sh", "kill -9 $$")
         jobs = {
             1: (["--", "verify", root], ["problem(s)", "exit code 1"]),
-            2: (["--", "plan", "-c", "configs/demo.yaml", "tokenizer.codebook_size=100000"], ["codebook_size is 100000"]),
+            2: (
+                ["--", "plan", "-c", "configs/demo.yaml", "tokenizer.codebook_size=100000"],
+                ["codebook_size is 100000"],
+            ),
             127: (["--python", "/no/such/python", "--", "verify", "/tmp"], ["--python is /no/such/python"]),
             137: (["--python", killed, "--", "verify", "/tmp"], ["ended by signal 9"]),
         }
@@ -172,7 +191,9 @@ class TestJobs:
         write_train_job(str(tmp_path), config_path=str(laptop.checkout / "mine.yaml"))
         variables = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "321"}  # which connecting to Ray sets as well
         with Relay(laptop.cluster.dashboard) as relay:
-            process = laptop.start("--json", "--", "train", "-c", "mine.yaml", "--json", address=relay.address, **variables)
+            process = laptop.start(
+                "--json", "--", "train", "-c", "mine.yaml", "--json", address=relay.address, **variables
+            )
             seen = ""
             while "Connected to Ray cluster" not in seen:
                 seen += process.stdout.readline()
@@ -192,7 +213,11 @@ class TestConnection:
     @pytest.mark.parametrize(
         "token, variables, words",
         [
-            (None, {}, ["RAY_AUTH_TOKEN is not set, nor is there ~/.ray/auth_token", "wants a token", "ray get-auth-token"]),
+            (
+                None,
+                {},
+                ["RAY_AUTH_TOKEN is not set, nor is there ~/.ray/auth_token", "wants a token", "ray get-auth-token"],
+            ),
             ("0" * 32, {}, ["~/.ray/auth_token is a token, but not that of"]),
             (None, {"RAY_AUTH_TOKEN": "0" * 32}, ["RAY_AUTH_TOKEN is a token, but not that of"]),
             (None, {"RAY_AUTH_MODE": "token"}, ["RAY_AUTH_TOKEN is not set, nor is there ~/.ray/auth_token"]),
@@ -210,7 +235,9 @@ class TestConnection:
     def test_nothing_or_something_else_at_the_address(self, laptop):
         code, _, err = laptop.run("--", "verify", "/tmp", address=f"http://127.0.0.1:{free_port()}")
         assert code == 1 and "no Ray head answers there" in err
-        with subprocess.Popen([sys.executable, "-u", "-m", "http.server", "0"], stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            [sys.executable, "-u", "-m", "http.server", "0"], stdout=subprocess.PIPE, text=True
+        ) as server:
             port = re.search(r"port (\d+)", server.stdout.readline()).group(1)
             code, _, err = laptop.run("--", "verify", "/tmp", address=f"http://127.0.0.1:{port}")
             server.kill()
@@ -294,7 +321,10 @@ def parsed(*words: str) -> argparse.Namespace:
     "words, key",
     [
         (["train", "-c", "configs/demo.yaml"], "run.path is demo_output/run"),
-        (["train", "-c", "configs/demo.yaml", "run.path=s3://b/run", "tokenizer.path=/t", "codes.path=x/y"], "codes.path is x/y"),
+        (
+            ["train", "-c", "configs/demo.yaml", "run.path=s3://b/run", "tokenizer.path=/t", "codes.path=x/y"],
+            "codes.path is x/y",
+        ),
         (["verify", "runs/x"], "PATH is runs/x"),
         (["demo"], "--output is demo_output"),
         (["submit", "--", "plan", "-c", "configs/demo.yaml"], "The command is submit"),
@@ -327,11 +357,19 @@ def test_a_configuration_outside_the_checkout_or_left_out_is_refused(monkeypatch
 @pytest.mark.parametrize(
     "environment, address, names",
     [
-        ({"AWS_SECRET_ACCESS_KEY": "x", "AWS_SESSION_TOKEN": "x", "HOME": "/root", "RAY_AUTH_TOKEN": "x"}, "http://h:1", []),
+        (
+            {"AWS_SECRET_ACCESS_KEY": "x", "AWS_SESSION_TOKEN": "x", "HOME": "/root", "RAY_AUTH_TOKEN": "x"},
+            "http://h:1",
+            [],
+        ),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:8333", "AWS_REGION": "r"}, "http://h:1", ["AWS_REGION"]),
         ({"AWS_ENDPOINT_URL": "http://localhost:8333"}, "http://127.0.0.1:1", ["AWS_ENDPOINT_URL"]),
         ({"AWS_ENDPOINT_URL_S3": "https://me:word@store"}, "http://h:1", []),
-        ({"NCCL_DEBUG": "INFO", "RAY_TRAIN_X": "1", "RAY_ADDRESS": "auto"}, "http://h:1", ["NCCL_DEBUG", "RAY_TRAIN_X"]),
+        (
+            {"NCCL_DEBUG": "INFO", "RAY_TRAIN_X": "1", "RAY_ADDRESS": "auto"},
+            "http://h:1",
+            ["NCCL_DEBUG", "RAY_TRAIN_X"],
+        ),
     ],
 )
 def test_which_variables_travel(environment, address, names):

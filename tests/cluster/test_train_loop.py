@@ -80,7 +80,11 @@ def test_a_run_goes_on_at_another_zero_stage_and_world_size(tmp_path, codes, bef
     forget_last_commit(changed.run.path)
     changed = options_at(tmp_path / "changed", next_stage, next_num_workers)
     commit = train(changed, next_num_workers)
-    assert (commit.step, commit.content["zero_stage"], commit.content["world_size"]) == (6, next_stage, next_num_workers)
+    assert (commit.step, commit.content["zero_stage"], commit.content["world_size"]) == (
+        6,
+        next_stage,
+        next_num_workers,
+    )
     assert commit.content["sample_log_hash"] == whole.content["sample_log_hash"]
     assert verify_run(changed.run.path) == []
     tolerance = 1e-4 if precision == "fp32" else 5e-3
@@ -88,7 +92,9 @@ def test_a_run_goes_on_at_another_zero_stage_and_world_size(tmp_path, codes, bef
     for name in (WEIGHTS, AVERAGES):
         ours, theirs = (load_file(os.path.join(c.path, name)) for c in (commit, whole))
         for key in theirs:
-            torch.testing.assert_close(ours[key].float(), theirs[key].float(), rtol=1e-2, atol=10 * tolerance * 1e-3 + 1e-3)
+            torch.testing.assert_close(
+                ours[key].float(), theirs[key].float(), rtol=1e-2, atol=10 * tolerance * 1e-3 + 1e-3
+            )
 
 
 def test_loss_and_rows_do_not_depend_on_world_size_or_accumulation(tmp_path, codes):

@@ -66,7 +66,7 @@ def test_a_step_is_on_disk_as_soon_as_it_ended(tmp_path):
     for step in range(2):
         metrics.record(record(step), SECONDS)
         assert len(lines_of(tmp_path / "metrics" / "a.jsonl")) == step + 1
-    (first, _) = read_metrics(str(tmp_path))
+    first, _ = read_metrics(str(tmp_path))
     assert abs(first.pop("time") - time.time()) < 600
     numbers = {"step": 0, "loss": 7.0, "learning_rate": 1e-3, "grad_norm": 0.5}
     assert first == {**numbers, "seconds": 4.0, "codes_per_second": 200.0, "mfu": 0.5, "part_seconds": SECONDS}

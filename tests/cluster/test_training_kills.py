@@ -127,15 +127,6 @@ def test_a_death_while_a_checkpoint_is_converted_changes_nothing(tmp_path, codes
 STEPS = {"num_steps": 160, "checkpoint_every_steps": 10, "keep_checkpoints": 2, "spike_threshold": 0.0}
 
 
-@pytest.fixture(scope="module")
-def expected_log(tmp_path_factory):
-    """Sample-log hash of the Ray runs of this file, undisturbed."""
-    folder = tmp_path_factory.mktemp("expected")
-    with running_cluster((2,)) as cluster:
-        run_to_the_end(cluster, ray_job_config(folder))
-    return newest(folder).content["sample_log_hash"]
-
-
 def ray_job_config(folder, **sections):
     scaling = {"num_workers": 2, "cpus_per_worker": 1, "max_failures": 5, **sections.pop("scaling", {})}
     return write_train_job(str(folder), train={**STEPS, **sections.pop("train", {})}, scaling=scaling, **sections)
@@ -149,6 +140,12 @@ def run_to_the_end(cluster, config):
 
 def newest(folder):
     return checkpoints.latest_commit(str(folder / "run"))
+
+
+def check_finished(folder):
+    """The run has every step, each with the rows that its code dataset prescribes for it."""
+    assert newest(folder).step == STEPS["num_steps"]
+    assert verify_run(str(folder / "run")) == []
 
 
 def steps_committed(folder):
@@ -179,11 +176,15 @@ def kill_something(cluster, driver, victim, choice):
     "victims, zero_stage",
     [
         (("worker", "raylet", "driver"), 1),
-        pytest.param(("worker", "driver", "all", "raylet", "worker", "all", "driver", "raylet"), 2, marks=pytest.mark.slow),
-        pytest.param(("all", "raylet", "worker", "driver", "raylet", "worker", "driver", "all"), 3, marks=pytest.mark.slow),
+        pytest.param(
+            ("worker", "driver", "all", "raylet", "worker", "all", "driver", "raylet"), 2, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("all", "raylet", "worker", "driver", "raylet", "worker", "driver", "all"), 3, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_processes_of_ray_are_killed(tmp_path, expected_log, victims, zero_stage):
+def test_processes_of_ray_are_killed(tmp_path, victims, zero_stage):
     config, choice = ray_job_config(tmp_path, deepspeed={"zero_stage": zero_stage}), random.Random(zero_stage)
     with running_cluster((0, 1, 1)) as cluster:
         driver = None
@@ -202,12 +203,11 @@ def test_processes_of_ray_are_killed(tmp_path, expected_log, victims, zero_stage
         else:
             _, error = driver.communicate(timeout=400)
             assert driver.returncode == 0, error[-3000:]
-    assert newest(tmp_path).content["sample_log_hash"] == expected_log
-    assert verify_run(str(tmp_path / "run")) == []
+    check_finished(tmp_path)
 
 
 @pytest.mark.ray
-def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(tmp_path, expected_log):
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(tmp_path):
     scaling = {"num_workers": [1, 2], "resize_every_seconds": 2.0}
     config = ray_job_config(tmp_path, scaling=scaling, train={"num_steps": 3000, "keep_checkpoints": 500})
     with running_cluster((0, 1, 1), RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15") as cluster:
@@ -239,8 +239,9 @@ def wait_for_world_size(folder, driver, size):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_stopped_worker_is_replaced(tmp_path, num_workers, expected_log):
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_stopped_worker_is_replaced(tmp_path, num_workers):
     config = ray_job_config(tmp_path, scaling={"num_workers": num_workers, "hang_timeout_seconds": 10.0})
     with running_cluster((2,)) as cluster:
         driver = cluster.start("ray_job.py", "train", "-c", config)
@@ -250,4 +251,4 @@ def test_a_stopped_worker_is_replaced(tmp_path, num_workers, expected_log):
         _, error = driver.communicate(timeout=400)
         assert driver.returncode == 0, error[-3000:]
         assert not stopped.is_running()
-    assert newest(tmp_path).content["sample_log_hash"] == expected_log
+    check_finished(tmp_path)

@@ -104,8 +104,8 @@ def under_fire(cluster: Cluster, run: str, minutes: float, kill_every: float) ->
     repair, interval = statistics.mean(waits), seconds / len(waits)
     predicted = (interval - repair - CHECKPOINT_SECONDS / 2) / interval * (1 - stall)
     print(
-        f"{len(waits)} kills in {seconds / 60:.1f} min: goodput {len(steps) * typical / seconds:.1%}, predicted {predicted:.1%} from a repair of "
-        f"{repair:.1f} s, a checkpoint every {CHECKPOINT_SECONDS:.0f} s and a stall of {stall:.2%}"
+        f"{len(waits)} kills in {seconds / 60:.1f} min: goodput {len(steps) * typical / seconds:.1%}, predicted {predicted:.1%} from "
+        f"a repair of {repair:.1f} s, a checkpoint every {CHECKPOINT_SECONDS:.0f} s and a stall of {stall:.2%}"
     )
 
 

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cluster.checkpoints import Commit, checkpoint_path, file_entry, write_commit
-from cluster.checkpoints import WEIGHTS
+from cluster.checkpoints import WEIGHTS, Commit, checkpoint_path, file_entry, write_commit
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path

@@ -1,6 +1,6 @@
 """Memory per rank by ZeRO stage: what `plan` says beside what processes on this machine measure.
 
-python benchmarks/memory.py [--world-sizes 2 4] [--zero-stages 0 1 2 3] [--as-trained] [section.key=value …]
+python benchmarks/memory.py [section.key=value …] [--world-sizes 2 4] [--zero-stages 0 1 2 3] [--as-trained]
 
 Every rank is a process of one thread that builds the engine and takes three steps on random codes. Measured is the peak of its resident
 memory over what it had after imports, process group and a model of one layer of the same width. For that, arrays are mapped, so that

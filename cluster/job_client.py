@@ -139,8 +139,11 @@ def follow(client: "JobSubmissionClient", job: str, retry_seconds: float) -> "Jo
             asyncio.run(follower.run())
             info = client.get_job_info(job)
             if info.status.is_terminal():
+                follower.end_line()
                 return info
             follower.answered, is_lost = time.monotonic(), False
+        except BrokenPipeError:  # nobody reads what is printed any more
+            raise
         except (OSError, RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
             if "does not exist" in str(error):
                 raise TesseraError(
@@ -171,6 +174,7 @@ class _Follower:
         self.answered = time.monotonic()
         self._client, self._job = client, job
         self._num_printed = 0  # characters
+        self._is_line_open = False
 
     async def run(self) -> None:
         """Prints until the log ends. Raises what ended the connection, or why the head is taken for lost."""
@@ -186,7 +190,12 @@ class _Follower:
             position += len(text)
             if new:
                 print(new, end="", flush=True)
-                self._num_printed = position
+                self._num_printed, self._is_line_open = position, not new.endswith("\n")
+
+    def end_line(self) -> None:
+        """What is printed next begins a line, also after a driver that was cut off within one."""
+        if self._is_line_open:
+            print(flush=True)
 
     async def _watch(self) -> None:
         """A connection to a machine that vanished stays open and silent; a question has to be answered in time."""

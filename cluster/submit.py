@@ -96,6 +96,8 @@ def submit(options: SubmitOptions) -> dict[str, Any]:
         raise ConfigError(
             f"--job-id is {options.job_id!r}, but it must be letters, digits, `-`, `_` and `.`. Choose another."
         )
+    if options.follow and not options.wait:
+        raise ConfigError(f"--no-wait is given, but --follow {options.follow} waits. Leave one of them out.")
     client = connect(address)
     job = options.follow or _start(client, address, options)
     mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""

@@ -7,12 +7,12 @@ from stages.errors import ArtefactError
 
 
 def records(digests):
-    return [run_log.step_record(step, 1.0, [digest]) for step, digest in enumerate(digests)]
+    return [run_log.step_record(step, step, 1.0, [digest]) for step, digest in enumerate(digests)]
 
 
 def test_the_chain_does_not_depend_on_the_world_size():
-    one = run_log.step_record(0, 1.0, [(5 + 2**64 - 3) % 2**64])
-    two = run_log.step_record(0, 1.0, [5, 2**64 - 3])
+    one = run_log.step_record(0, 0, 1.0, [(5 + 2**64 - 3) % 2**64])
+    two = run_log.step_record(0, 0, 1.0, [5, 2**64 - 3])
     assert run_log.global_digest(one) == run_log.global_digest(two) == 2
     assert run_log.chain(run_log.EMPTY_HASH, [one]) == run_log.chain(run_log.EMPTY_HASH, [two])
 
@@ -39,3 +39,13 @@ def test_segments_read_back_and_damage_is_seen(tmp_path):
     path.unlink()
     with pytest.raises(ArtefactError, match="missing"):
         run_log.read_log(run, segments)
+
+
+def test_the_tail_of_a_log_is_read_without_the_rest(tmp_path):
+    run, log = str(tmp_path), records([1, 2, 3, 4, 5])
+    segments = [run_log.write_segment(run, name, part) for name, part in zip("abc", (log[:2], log[2:4], log[4:]))]
+    (tmp_path / segments[0]["path"]).unlink()
+    assert run_log.read_tail(run, segments, 2) == log[2:]
+    assert run_log.read_tail(run, segments, 0) == []
+    with pytest.raises(ArtefactError, match="missing"):
+        run_log.read_tail(run, segments, 4)

@@ -141,7 +141,7 @@ class TestJobs:
     def test_exit_codes_are_those_of_the_driver(self, laptop, tmp_path):
         root = Recipe().write(tmp_path / "codes")
         flip_bit(next(path for path in files_of(root, "data")), 1000)
-        killed = laptop.program("killed.sh", "kill -9 $$")
+        killed = laptop.program("killed.sh", "printf cut; kill -9 $$")
         jobs = {
             1: (["--", "verify", root], ["problem(s)", "exit code 1"]),
             2: (
@@ -149,7 +149,7 @@ class TestJobs:
                 ["codebook_size is 100000"],
             ),
             127: (["--python", "/no/such/python", "--", "verify", "/tmp"], ["--python is /no/such/python"]),
-            137: (["--python", killed, "--", "verify", "/tmp"], ["ended by signal 9"]),
+            137: (["--python", killed, "--", "verify", "/tmp"], ["cut\n{", "ended by signal 9"]),
         }
         started = {code: laptop.start("--json", *arguments) for code, (arguments, _) in jobs.items()}
         for code, process in started.items():

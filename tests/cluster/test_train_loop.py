@@ -47,18 +47,19 @@ def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, worl
     assert verify_run(options.run.path) == []
 
 
-CHANGES = [
+QUICK_CHANGES = [((3, 2), (1, 1), "fp32"), ((0, 1), (2, 2), "fp32"), ((2, 2), (3, 3), "bf16")]
+SLOW_CHANGES = [
     ((1, 2), (3, 1), "fp32"),
-    ((3, 2), (1, 1), "fp32"),
     ((3, 1), (0, 2), "fp32"),
-    ((0, 1), (2, 2), "fp32"),
-    ((2, 2), (3, 3), "bf16"),
     ((0, 2), (1, 1), "bf16"),
     ((1, 3), (1, 2), "bf16"),
 ]
 
 
-@pytest.mark.parametrize("before, after, precision", CHANGES)
+@pytest.mark.parametrize(
+    "before, after, precision",
+    QUICK_CHANGES + [pytest.param(*change, marks=pytest.mark.slow) for change in SLOW_CHANGES],
+)
 def test_a_run_goes_on_at_another_zero_stage_and_world_size(tmp_path, codes, before, after, precision):
     """Rows are the same, and losses those of a run that never changed but for the order of sums."""
 

@@ -207,6 +207,7 @@ def test_processes_of_ray_are_killed(tmp_path, victims, zero_stage):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(tmp_path):
     scaling = {"num_workers": [1, 2], "resize_every_seconds": 2.0}
     config = ray_job_config(tmp_path, scaling=scaling, train={"num_steps": 3000, "keep_checkpoints": 500})

@@ -11,41 +11,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from stages.config import load_config, select_sections, to_dict
+from stages.config import load_config, to_dict
 from stages.errors import ConfigError, TesseraError
 from stages.options import Config
-
-T = TypeVar("T")
-
-
-def select(cls: type[T], config: Config, **extra: Any) -> T:
-    """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own.
-
-    Raises:
-        StorageError: one of the paths is in a store that cannot be used.
-    """
-    from pipeline.storage import absolute, check_reachable
-
-    def resolve(section: Any) -> Any:
-        return dataclasses.replace(section, **{name: absolute(path) for name, path in section_paths(section).items()})
-
-    options = select_sections(
-        cls,
-        dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}),
-        **extra,
-    )
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # cls is one of the options dataclasses
-        for name, path in section_paths(getattr(options, field.name)).items():
-            check_reachable(f"{field.name}.{name}", path)
-    return options
-
-
-def section_paths(section: Any) -> dict[str, str]:
-    """The paths that a section of the configuration names, by key."""
-    names = ("path", "holdout_path", "cache_path")
-    return {name: getattr(section, name) for name in names if getattr(section, name, None)}
 
 
 def checked_config(args: argparse.Namespace) -> Config:
@@ -59,6 +29,7 @@ def checked_config(args: argparse.Namespace) -> Config:
 
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render
+    from pipeline.job_options import section_paths
     from pipeline.sources import open_source
     from pipeline.storage import check_reachable
 
@@ -82,6 +53,7 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.tokenizer_job import train_tokenizer
     from cluster.tokenizer_loop import TokenizerJobOptions
+    from pipeline.job_options import select
 
     options = select(TokenizerJobOptions, checked_config(args))
     with connected():
@@ -115,6 +87,7 @@ def run_export_tokenizer(args: argparse.Namespace) -> Any:
 
 def run_tokenize(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
+    from pipeline.job_options import select
     from pipeline.tokenize_images import TokenizeOptions, tokenize
 
     options = select(TokenizeOptions, checked_config(args))
@@ -132,6 +105,7 @@ def run_train(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.train_job import train
     from cluster.train_options import TrainJobOptions
+    from pipeline.job_options import select
 
     options = select(TrainJobOptions, checked_config(args))
     with connected():
@@ -151,6 +125,7 @@ def run_export(args: argparse.Namespace) -> Any:
 def run_sample(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.sample_job import SampleJobOptions, sample
+    from pipeline.job_options import select
 
     options = select(SampleJobOptions, checked_config(args), checkpoint=args.checkpoint)
     with connected():
@@ -160,6 +135,7 @@ def run_sample(args: argparse.Namespace) -> Any:
 def run_evaluate(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
+    from pipeline.job_options import select
 
     options = select(EvaluateOptions, checked_config(args), checkpoint=args.checkpoint)
     with connected():
@@ -172,6 +148,7 @@ def run_nightly(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from evaluation.evaluate import EvaluateOptions
     from evaluation.nightly import nightly
+    from pipeline.job_options import select
 
     options = select(EvaluateOptions, checked_config(args))
     with connected():

@@ -110,7 +110,7 @@ def test_iterating_gives_the_steps_in_order_from_any_start(dataset):
 def test_the_next_step_is_read_while_the_caller_works(dataset):
     reader = loader(dataset)
     read, load = {step: threading.Event() for step in range(4)}, reader.load
-    reader.load = lambda step: (load(step), read[step].set())[0]
+    reader.load = lambda step, skipped: (load(step), read[step].set())[0]
     iterator = reader.iterate(0, 3)
     next(iterator)
     assert read[1].wait(timeout=30)
@@ -121,10 +121,10 @@ def test_the_next_step_is_read_while_the_caller_works(dataset):
 def test_an_error_of_the_reading_thread_reaches_the_caller(dataset):
     reader = loader(dataset)
 
-    def broken(step):
+    def broken(step, skipped):
         if step == 2:
             raise OSError("the disk is gone")
-        return LoadedStep(step, [], 0, 0)
+        return LoadedStep(step, step, [], 0, 0)
 
     reader.load = broken
     seen = []

@@ -1,0 +1,37 @@
+"""A job's options out of a configuration, with paths that mean the same in every process of a cluster."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from pipeline.storage import absolute, check_reachable
+from stages.config import select_sections
+from stages.options import Config
+
+T = TypeVar("T")
+
+
+def select(cls: type[T], config: Config, **extra: Any) -> T:
+    """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own.
+
+    Raises:
+        StorageError: one of the paths is in a store that cannot be used.
+    """
+
+    def resolve(section: Any) -> Any:
+        return dataclasses.replace(section, **{name: absolute(path) for name, path in section_paths(section).items()})
+
+    options = select_sections(
+        cls,
+        dataclasses.replace(config, **{f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}),
+        **extra,
+    )
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # cls is one of the options dataclasses
+        for name, path in section_paths(getattr(options, field.name)).items():
+            check_reachable(f"{field.name}.{name}", path)
+    return options
+
+
+def section_paths(section: Any) -> dict[str, str]:
+    """The paths that a section of the configuration names, by key."""
+    names = ("path", "holdout_path", "cache_path", "validation_path")
+    return {name: getattr(section, name) for name in names if getattr(section, name, None)}

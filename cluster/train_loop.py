@@ -151,7 +151,7 @@ class Trainer:
         check_resumable(commit, self.options, self.dataset, self.config)
         load_commit(self.engine, commit)
         self.history.restore(commit)
-        logger.info("Going on from %s", commit.path)
+        logger.info("Resuming from %s", commit.path)
 
     def _run_stretch(self) -> bool:
         """Steps to the end, to a request to leave, or to a fault; whether the run goes on after undoing it."""

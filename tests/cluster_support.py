@@ -33,8 +33,6 @@ import requests
 ROOT = Path(__file__).resolve().parents[1]
 NODE = "TESSERA_TEST_NODE"  # environment variable: the folder of the node that a process belongs to
 OBJECT_STORE_BYTES = 100 << 20
-# What DeepSpeed has compiled on this machine. Every node gets a copy: whoever is killed in the wrong moment leaves a lock there.
-COMPILED_KERNELS = Path.home() / ".cache" / "torch_extensions" / "py{}{}_cpu".format(*sys.version_info)
 # The head takes a node for lost after five checks without an answer: some seconds instead of Ray's fifteen and more.
 HEALTH_CHECKS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
 
@@ -119,9 +117,6 @@ class Cluster:
         folder = os.path.join(self.folder, name)
         os.makedirs(os.path.join(folder, "tmp"))
         os.makedirs(os.path.join(folder, "ray"))
-        kernels = os.path.join(folder, "kernels")
-        if COMPILED_KERNELS.exists():
-            shutil.copytree(COMPILED_KERNELS, kernels, ignore=shutil.ignore_patterns("lock"))
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address", ip, *options]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(OBJECT_STORE_BYTES)]
         command += [
@@ -135,12 +130,7 @@ class Cluster:
         with open(f"{folder}.log", "w") as log:
             process = subprocess.Popen(
                 command,
-                env={
-                    **environment,
-                    NODE: folder,
-                    "TMPDIR": os.path.join(folder, "tmp"),
-                    "TORCH_EXTENSIONS_DIR": kernels,
-                },
+                env={**environment, NODE: folder, "TMPDIR": os.path.join(folder, "tmp")},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

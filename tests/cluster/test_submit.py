@@ -78,6 +78,7 @@ class Laptop:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
         )
 
     def run(self, *arguments: str, **options: str) -> tuple[int, str, str]:

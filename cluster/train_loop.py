@@ -136,6 +136,7 @@ class Trainer:
             self._resume()
             seconds = self.seconds_to_start | {"checkpoint": time.monotonic() - began}
             self.metrics.start(self.history.step, seconds)
+            self.timer.finish()  # what came before is no part of the first step
             logger.info("Ready: %s", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
             while self._run_stretch():
                 pass

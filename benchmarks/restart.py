@@ -51,8 +51,8 @@ def steps_after(run: str, moment: float) -> list[dict[str, Any]]:
 
 def parts_since(run: str, moment: float, cluster: Cluster) -> dict[str, float]:
     """Seconds from a moment to the first step after it, by part."""
-    first = steps_after(run, moment)[0]
     ready = next(line for line in lines(run) if line.get("event") == "start" and line["time"] > moment)
+    first = steps_after(run, ready["time"])[0]
     born = max(process.create_time() for process in cluster.train_workers().values())
     return {
         "until the workers' processes start": born - moment,
@@ -84,7 +84,7 @@ def measure(folder: str, minutes: float, kill_every: float) -> None:
             time.sleep(3)  # what was under way before
             began = killed + 3
             wait_until(lambda: bool(steps_after(run, began)), "a step after the kill", seconds=300)
-            show("from a kill to the next step", parts_since(run, killed + 1, cluster))
+            show("from a kill to the next step", parts_since(run, killed, cluster))
         if minutes:
             under_fire(cluster, run, minutes, kill_every)
 

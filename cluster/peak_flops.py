@@ -5,7 +5,7 @@ import time
 import torch
 
 from cluster.estimates import GPUS
-from stages.second_stage.operations import Linear
+from stages.second_stage.operations import linear
 
 # Dense bf16 matrix products, by how the name of a CUDA device begins (NVIDIA's data sheets). The longest that fits counts.
 GPU_PEAK_FLOPS = {f"NVIDIA {name}": gpu.peak_flop for name, gpu in GPUS.items()} | {
@@ -41,14 +41,14 @@ def measured_peak_flops(dtype: torch.dtype, num_threads: int) -> float:
         dtype: of the factors.
         num_threads: torch threads of this process.
     """
-    layer, factor = Linear(MATRIX_SIZE, MATRIX_SIZE).to(dtype), torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype)
+    factor = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        layer(factor)  # the first product also prepares the kernel
+        linear(factor, factor)  # the first product also prepares the kernel
         fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
         while (start := time.perf_counter()) < end:
-            layer(factor)
+            linear(factor, factor)
             fastest = min(fastest, time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads_before)

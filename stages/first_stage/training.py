@@ -16,6 +16,7 @@ from stages.first_stage.losses import (
     ramp,
     reconstruction_loss,
 )
+from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import TokenizerTrainOptions
 from stages.schedule import warmup_constant, warmup_cosine
@@ -75,6 +76,8 @@ class FirstStageTrainer:
         all_reduce_mean: Callable[[Tensor], None] = lambda tensor: None,
     ):
         self.options, self.all_reduce_mean = options, all_reduce_mean
+        self.loss_weights = loss_weights(options)
+        tokenizer.quantize.configure(options)
         self.tokenizer, self.discriminator = tokenizer, discriminator
         self.tokenizer_parallel = wrap(tokenizer)
         self.discriminator_parallel = None if discriminator is None else wrap(discriminator)
@@ -105,8 +108,11 @@ class FirstStageTrainer:
         """One step on float images in [-1, 1] after `num_seen` images; returns detached scalars to log.
 
         Returns:
-            reconstruction, codebook, commitment, and with a discriminator generator, discriminator, adversarial_weight.
+            reconstruction, the quantizer's losses, and with a discriminator generator, discriminator, adversarial_weight.
         """
+        self.tokenizer.quantize.advance(num_seen)
+        if num_seen == 0 and self.options.kmeans_start:
+            self._start_codebook(images_BCHW)
         learning_rate = self.learning_rate(num_seen)
         reconstructions, metrics = self._tokenizer_step(images_BCHW, num_seen, learning_rate)
         if self.discriminator is not None:
@@ -119,16 +125,9 @@ class FirstStageTrainer:
         with self._autocast():
             reconstructions, quantized = self.tokenizer_parallel(images)
         reconstruction = reconstruction_loss(images, reconstructions, o.l1_weight, o.l2_weight)
-        loss = (
-            reconstruction
-            + o.codebook_weight * quantized.codebook_loss
-            + o.commitment_weight * quantized.commitment_loss
-        )
-        metrics = {
-            "reconstruction": reconstruction.detach(),
-            "codebook": quantized.codebook_loss.detach(),
-            "commitment": quantized.commitment_loss.detach(),
-        }
+        loss = reconstruction + sum(self.loss_weights[name] * value for name, value in quantized.losses.items())
+        metrics = {"reconstruction": reconstruction.detach()}
+        metrics |= {name: value.detach() for name, value in quantized.losses.items()}
         share = ramp(num_seen, o.discriminator_start_samples, o.discriminator_ramp_samples)
         if self.discriminator is not None and share > 0:
             with self._autocast():
@@ -143,6 +142,28 @@ class FirstStageTrainer:
         self.code_counts_K += torch.bincount(quantized.codes_BHW.flatten(), minlength=len(self.code_counts_K))
         self.last_vectors_ND = quantized.vectors_ND
         return reconstructions.detach(), metrics
+
+    @torch.no_grad()
+    def _start_codebook(self, images_BCHW: Tensor) -> None:
+        with self._autocast():
+            z_BDHW = self.tokenizer.quant_conv(self.tokenizer.encoder(images_BCHW))
+        self.tokenizer.quantize.start(self.tokenizer.quantize(z_BDHW).vectors_ND)
+        self._copy_rows_to_average(torch.arange(self.tokenizer.codebook_size, device=z_BDHW.device))
+
+    def revive_dead_codes(self) -> int:
+        """Moves entries that no rank used since the last call onto the latest encoder outputs; returns how many."""
+        rows_M = self.tokenizer.quantize.revive(self.code_counts_K, self.last_vectors_ND)
+        self._copy_rows_to_average(rows_M)
+        self.code_counts_K.zero_()
+        return len(rows_M)
+
+    @torch.no_grad()
+    def _copy_rows_to_average(self, rows_M: Tensor) -> None:
+        """A moved entry has no past to average over."""
+        for name in self.tokenizer.quantize.row_tensors:
+            average = self.average.average.get(f"quantize.{name}")
+            if average is not None:
+                average[rows_M] = self.tokenizer.quantize.get_parameter(name)[rows_M]
 
     def _balance(self, reconstruction: Tensor, generator: Tensor) -> Tensor:
         if not self.options.adaptive_weight:
@@ -177,7 +198,7 @@ class FirstStageTrainer:
     def averaged_tokenizer(self) -> Tokenizer:
         """A copy of the tokenizer with the averaged weights (the current ones when averaging is off)."""
         copy = Tokenizer(self.tokenizer.config)
-        copy.load_state_dict(self.average.average if self.average.decay > 0 else self.tokenizer.state_dict())
+        copy.load_state_dict(self.tokenizer.state_dict() | (self.average.average if self.average.decay > 0 else {}))
         return copy.eval()
 
     def state_dict(self) -> dict[str, Any]:

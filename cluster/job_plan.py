@@ -11,9 +11,9 @@ from pipeline.loader import num_micro_batches
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
+from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import tokenizer_config
-from stages.first_stage.training import build_discriminator
 from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from cluster import checkpoints
 from pipeline import storage
 from stages.errors import ConfigError
+from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_float
 from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, build_discriminator
+from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
 from stages.options import (
     ImageOptions,

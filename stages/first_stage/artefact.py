@@ -15,11 +15,18 @@ from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 
 WEIGHTS, CONFIG = "tokenizer.safetensors", "config.json"
 FORMAT_VERSION = 1
+# Fields that came after the first fingerprints. They count only where they differ, so that what was there keeps its own.
+LATER_FIELDS = {"middle_attention": True}
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha-256 over the architecture and every tensor (name, shape, float32 little-endian bytes) in name order."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(tokenizer.config), sort_keys=True).encode())
+    config = {
+        name: value
+        for name, value in dataclasses.asdict(tokenizer.config).items()
+        if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}:{tuple(values.shape)}".encode())
@@ -98,7 +105,8 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """
     content = read_config(folder)
     try:
-        config = build(TokenizerConfig, {f.name: content[f.name] for f in dataclasses.fields(TokenizerConfig)})
+        names = [f.name for f in dataclasses.fields(TokenizerConfig) if f.name not in LATER_FIELDS or f.name in content]
+        config = build(TokenizerConfig, {name: content[name] for name in names})
         tokenizer = Tokenizer(config)
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
     except (KeyError, RuntimeError, OSError, ValueError, SafetensorError) as error:

@@ -17,7 +17,7 @@ class TokenizerConfig:
     """Architecture of a tokenizer; with the tensors it determines the fingerprint.
 
     `quantizer` is "vq" (nearest entry, Euclidean) or, only while training, "vq-l2": saving bakes the normalised codebook, after
-    which Euclidean nearest neighbour gives the same codes.
+    which Euclidean nearest neighbour gives the same codes. `middle_attention` is off in some published models.
     """
 
     resolution: int
@@ -31,6 +31,7 @@ class TokenizerConfig:
     z_channels: int
     quantizer: str = "vq"
     dropout: float = 0.0
+    middle_attention: bool = True
 
     @property
     def downsample(self) -> int:
@@ -58,6 +59,7 @@ class Tokenizer(nn.Module):
             resolution=config.resolution,
             z_channels=config.z_channels,
             dropout=config.dropout,
+            middle_attention=config.middle_attention,
         )
         self.encoder = Encoder(in_channels=config.in_channels, **common)  # type: ignore[arg-type]
         self.decoder = Decoder(out_channels=config.in_channels, **common)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The tokenizer: images to codes and back."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from stages.errors import ConfigError
 from stages.first_stage.blocks import NUM_GROUPS, Decoder, Encoder
 from stages.first_stage.quantizer import Quantized, VectorQuantizer
 from stages.options import ImageOptions, TokenizerOptions
+
+# Fields that came after the first fingerprints count only where they differ, so that what was there keeps its own.
+LATER_FIELDS = {"middle_attention": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,11 @@ class TokenizerConfig:
     quantizer: str = "vq"
     dropout: float = 0.0
     middle_attention: bool = True
+
+    def identity(self) -> dict[str, Any]:
+        """What is stored and hashed."""
+        values = asdict(self).items()
+        return {name: value for name, value in values if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
     @property
     def downsample(self) -> int:

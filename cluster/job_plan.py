@@ -12,7 +12,7 @@ from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
-from stages.first_stage.quantizers.loss_weights import loss_weights
+from stages.first_stage.quantizers.loss_weights import check_losses
 from stages.first_stage.tokenizer import tokenizer_config
 from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
@@ -28,7 +28,7 @@ def check_config(config: Config) -> None:
         ConfigError: naming the keys, the values and the rule.
     """
     codebook_size = tokenizer_config(config.tokenizer, config.images).codebook_size
-    loss_weights(config.tokenizer_train)
+    check_losses(config.tokenizer.quantizer, config.tokenizer_train)
     build_discriminator(config.tokenizer_train, config.images.channels, config.images.size)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)

@@ -35,6 +35,9 @@ class Lpips(nn.Module):
         ConfigError: a tensor is missing or has another shape.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -70,7 +73,7 @@ class Lpips(nn.Module):
         for i, block in enumerate(self.blocks):
             if i:
                 x = F.max_pool2d(x, 2)
-            for convolution in block:  # type: ignore[union-attr]  # a ModuleList
+            for convolution in block:  # type: ignore[attr-defined]  # a ModuleList
                 x = F.relu(convolution(x))
             features.append(x)
         return features

@@ -17,7 +17,7 @@ from cluster import checkpoints
 from cluster.checkpointer import Checkpointer
 from cluster.history import History
 from cluster.rank_messages import RankMessage, broadcast, exchange
-from cluster.spikes import find_fault
+from cluster.spikes import find_fault, find_not_finite
 from cluster.step_timer import CHECKPOINT, DATA, StepTimer
 from cluster.train_metrics import TrainMetrics
 from cluster.watchdog import Watchdog
@@ -141,6 +141,7 @@ class TrainingRun:
             record, messages = self._step(loaded)
             self.watchdog.feed()
             fault = find_fault(record["loss"], record["grad_norm"], history.recent_losses, plan.spike_threshold)
+            fault = fault or find_not_finite(record)
             if fault is not None:
                 self._roll_back(record, fault)
                 return True

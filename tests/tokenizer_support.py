@@ -1,19 +1,22 @@
 """The first stage's training in real process groups (gloo) without Ray: the ranks read their images themselves."""
 
 import functools
+from contextlib import contextmanager
 
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from tests_support import tiny_config
 from train_support import nothing, never, start
 
-from cluster import checkpoints, run_log, tokenizer_loop
+from cluster import checkpoints, run_log, tokenizer_loop, training_run
 from cluster.tokenizer_history import TrainingInputs, list_training_images
 from cluster.tokenizer_options import TokenizerJobOptions, training_path
 from pipeline.image_loader import ImageLoader
 from pipeline.image_order import list_hash
 from pipeline.order import batch_index
 from stages.config import select_sections
+from stages.first_stage.training import FirstStageTrainer
 
 TRAIN = {"precision": "fp32", "num_samples": 96, "checkpoint_every_steps": 3, "log_every_steps": 1, "min_crop": 0.7}
 
@@ -53,11 +56,38 @@ def begin(options, world_size, prepare=nothing, should_leave=never):
 
 
 def train(options, world_size, prepare=nothing, should_leave=never):
-    """Trains to the end and returns the latest commit; raises what a worker raised."""
-    processes = begin(options, world_size, prepare, should_leave)
-    while not processes.join():
-        pass
+    """Trains to the end and returns the latest commit; raises what a worker raised. One rank trains in this process."""
+    if world_size == 1:
+        with _group_of_one(), _restored(tokenizer_loop, tokenizer_loop.TokenizerStage, FirstStageTrainer, training_run):
+            without_ray(prepare)
+            tokenizer_loop.tokenizer_worker(options, 1, should_leave, inputs=inputs_for(options))
+    else:
+        processes = begin(options, world_size, prepare, should_leave)
+        while not processes.join():
+            pass
     return checkpoints.latest_commit(training_path(options.tokenizer.path))
+
+
+@contextmanager
+def _group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _restored(*owners):
+    """Undoes what is set on modules or classes meanwhile."""
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, values in zip(owners, before):
+            for name, value in values.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
 
 
 def records_of(options, commit):

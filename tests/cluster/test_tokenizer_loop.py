@@ -34,7 +34,7 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def undisturbed(request, tmp_path_factory):
     """World size, options and latest commit of a training that nobody disturbs."""
     options = options_for(tmp_path_factory.mktemp("undisturbed"), **EVERYTHING)
@@ -91,7 +91,7 @@ def nan_in_batch_4():
 
 def test_nan_is_undone_and_its_batches_are_left_out(tmp_path):
     options = options_for(tmp_path, tokenizer_train={"skip_batches": 1})
-    commit = train(options, 2, nan_in_batch_4)
+    commit = train(options, 1, nan_in_batch_4)
     (event,) = commit.content["events"]
     assert (event["step"], event["batch"], event["back_to"]) == (4, 4, 3) and "nan" in event["fault"]
     records = records_of(options, commit)
@@ -127,7 +127,7 @@ def always():
 
 def test_a_request_to_leave_commits_first(tmp_path):
     options = options_for(tmp_path, tokenizer_train={"num_samples": 16_000, "checkpoint_every_steps": 1000})
-    commit = train(options, 2, look_around_always, always)
+    commit = train(options, 1, look_around_always, always)
     assert 0 < commit.step < 1000
     assert verify_run(training_path(options.tokenizer.path)) == []
 

@@ -28,7 +28,8 @@ from cluster.watchdog import Watchdog
 from pipeline.image_loader import ImageLoader, LoadedImages
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_float, to_one_hot
-from stages.first_stage.quantizer import usage
+from stages.first_stage.quantizers.health import codebook_health
+from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
 from stages.first_stage.tokenizer import Tokenizer, num_channels, tokenizer_config
 from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
@@ -183,29 +184,16 @@ class TokenizerStage:
         if not (is_logged or revives):
             return {}
         self._pool_counts()
-        pooled = counts.clone()
-        if self.world_size > 1:
-            dist.broadcast(pooled, src=0)
+        health = codebook_health(copy_from_first_rank(counts.clone()))
         if revives:
-            self._revive(pooled == 0)
-        share, perplexity = usage(pooled)
-        return {"codebook_usage": share, "codebook_perplexity": perplexity}
+            self.trainer.revive_dead_codes()
+        return {f"codebook_{name}": value for name, value in health._asdict().items()}
 
     def _pool_counts(self) -> None:
         """Leaves on rank 0 the counts of all ranks, and zero on others: what they add up to stays the same."""
-        counts = self.trainer.code_counts_K
-        if self.world_size > 1:
-            dist.all_reduce(counts)
-            if self.rank != 0:
-                counts.zero_()
-
-    def _revive(self, is_dead_K: Tensor) -> None:
-        """Dead codes are those no rank used since the last revival; rank 0 chooses where they move."""
-        quantizer = self.trainer.tokenizer.quantize
-        quantizer.revive(is_dead_K, self.trainer.last_vectors_ND)
-        if self.world_size > 1:
-            dist.broadcast(quantizer.embedding.weight.data, src=0)
-        self.trainer.code_counts_K.zero_()
+        counts = sum_over_ranks(self.trainer.code_counts_K)
+        if self.rank != 0:
+            counts.zero_()
 
     def record(
         self, loaded: LoadedImages, loss_sum: float, digests: list[int], numbers: dict[str, float]

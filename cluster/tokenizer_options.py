@@ -6,6 +6,7 @@ from pipeline import storage
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
+from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import num_channels, tokenizer_config
 from stages.options import (
     ImageOptions,
@@ -65,6 +66,7 @@ def check_training(options: TokenizerJobOptions) -> None:
     """
     train, tokenizer = options.tokenizer_train, options.tokenizer
     tokenizer_config(tokenizer, options.images)
+    loss_weights(train)
     build_discriminator(train, num_channels(tokenizer, options.images), options.images.size)
     if tokenizer.num_labels is not None:
         for key in ("discriminator_weight", "perceptual_weight"):

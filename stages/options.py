@@ -4,23 +4,11 @@ The text beside each field is its documentation: `docs/configuration.md` is made
 Only dataclasses live here, so that reading a configuration imports neither torch nor ray.
 """
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def option(
-    default: Any = MISSING,
-    text: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
-    metadata = {"text": text, "low": low, "high": high, "above": above}
-    if isinstance(default, dict | list):
-        raise TypeError("option defaults are immutable: use a tuple")
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+from stages.option import option
+from stages.quantizer_options import QuantizerOptions, QuantizerTrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +50,7 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
+class TokenizerOptions(QuantizerOptions):
     """The VQGAN: its folder and, for training one, its architecture (reference: Esser et al. 2020, section 3.1)."""
 
     path: str = option("runs/tokenizer", "Folder of the tokenizer artefact.")
@@ -70,9 +58,6 @@ class TokenizerOptions:
     num_labels: int | None = option(
         None, "A map of ids below this is seen one-hot, in so many channels; maps of numbers in [0, 1] are one channel.", low=2
     )
-    codebook_size: int = option(1024, "Number of codebook entries.", low=2, high=1 << 20)
-    codebook_dim: int = option(8, "Width of a codebook entry.", low=1)
-    quantizer: Literal["vq-l2", "vq"] = option("vq-l2", "vq-l2: l2-normalised codes; vq: Euclidean.")
     base_channels: int = option(128, "Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups).", low=32)
     channel_multipliers: tuple[int, ...] = option(
         (1, 1, 2, 2, 4), "Per level; each level but the last halves the image."
@@ -84,7 +69,7 @@ class TokenizerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTrainOptions:
+class TokenizerTrainOptions(QuantizerTrainOptions):
     """How a tokenizer is trained. Schedules count images seen, so they do not change with the batch size."""
 
     num_samples: int = option(1_000_000, "Images to train on.", low=1)
@@ -97,8 +82,6 @@ class TokenizerTrainOptions:
     )
     l1_weight: float = option(1.0, "Weight of the absolute pixel difference.", low=0.0)
     l2_weight: float = option(0.0, "Weight of the squared pixel difference.", low=0.0)
-    codebook_weight: float = option(1.0, "Weight of |sg[z] - e|^2, which moves the codebook.", low=0.0)
-    commitment_weight: float = option(0.25, "Weight of |z - sg[e]|^2, which moves the encoder.", low=0.0)
     perceptual_weight: float = option(
         0.0, "Weight of the perceptual distance (LPIPS, Zhang et al. 2018); needs perceptual_vgg.", low=0.0
     )
@@ -136,9 +119,6 @@ class TokenizerTrainOptions:
     )
     r1_every_steps: int = option(16, "Steps between two such penalties, each weighted so many times.", low=1)
     grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
-    revive_every_steps: int = option(
-        200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0
-    )
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, with distances, norms and losses in fp32.")
     min_crop: float | None = option(
         None,

@@ -10,6 +10,7 @@ from stages.first_stage.adversary import Adversary
 from stages.first_stage.discriminator import PatchDiscriminator
 from stages.first_stage.losses import adaptive_weight, label_loss, last_layer_grad_norm, reconstruction_loss
 from stages.first_stage.lpips import Lpips
+from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.weight_average import WeightAverage
 from stages.options import TokenizerTrainOptions
@@ -42,7 +43,8 @@ class FirstStageTrainer:
         all_reduce_mean: Callable[[Tensor], None] = lambda tensor: None,
     ):
         self.options, self.perceptual, self.is_labels = options, perceptual, is_labels
-        self.all_reduce_mean = all_reduce_mean
+        self.loss_weights, self.all_reduce_mean = loss_weights(options), all_reduce_mean
+        tokenizer.quantize.configure(options)
         self.tokenizer, self.discriminator = tokenizer, discriminator
         self.tokenizer_parallel = wrap(tokenizer)
         self.tokenizer_optimizer = _optimizer(tokenizer)
@@ -66,9 +68,12 @@ class FirstStageTrainer:
         """One step on float images in [-1, 1], or one-hot labels, after `num_seen` images; returns detached scalars to log.
 
         Returns:
-            reconstruction, codebook, commitment, grad_norm; perceptual if there is such a term; generator and adversarial_weight
+            reconstruction, the quantizer's losses, grad_norm; perceptual if there is such a term; generator and adversarial_weight
             while that term counts; discriminator, logit_real, logit_fake (and lecam, r1) while the discriminator learns.
         """
+        self.tokenizer.quantize.advance(num_seen)
+        if num_seen == 0 and self.options.kmeans_start and self.tokenizer.quantize.row_tensors:
+            self._start_codebook(images_BCHW)
         learning_rate = self.learning_rate(num_seen)
         reconstructions, metrics = self._tokenizer_step(images_BCHW, num_seen, learning_rate)
         if self.adversary is not None and self.adversary.learns(num_seen):
@@ -81,13 +86,8 @@ class FirstStageTrainer:
         with self._autocast():
             reconstructions, quantized = self.tokenizer_parallel(images)
         reconstruction, metrics = self._reconstruction(images, reconstructions)
-        loss = (
-            reconstruction
-            + o.codebook_weight * quantized.codebook_loss
-            + o.commitment_weight * quantized.commitment_loss
-        )
-        metrics["codebook"] = quantized.codebook_loss.detach()
-        metrics["commitment"] = quantized.commitment_loss.detach()
+        loss = reconstruction + sum(self.loss_weights[name] * value for name, value in quantized.losses.items())
+        metrics |= {name: value.detach() for name, value in quantized.losses.items()}
         share = 0.0 if self.adversary is None else self.adversary.share(num_seen)
         if self.adversary is not None and share > 0:
             with self._autocast():
@@ -100,6 +100,28 @@ class FirstStageTrainer:
         self.code_counts_K += torch.bincount(quantized.codes_BHW.flatten(), minlength=len(self.code_counts_K))
         self.last_vectors_ND = quantized.vectors_ND
         return reconstructions.detach(), metrics
+
+    @torch.no_grad()
+    def _start_codebook(self, images_BCHW: Tensor) -> None:
+        with self._autocast():
+            z_BDHW = self.tokenizer.quant_conv(self.tokenizer.encoder(images_BCHW))
+        self.tokenizer.quantize.start(self.tokenizer.quantize(z_BDHW).vectors_ND)
+        self._copy_rows_to_average(torch.arange(self.tokenizer.codebook_size, device=z_BDHW.device))
+
+    def revive_dead_codes(self) -> int:
+        """Moves entries that no rank used since the last call onto the latest encoder outputs; returns how many."""
+        rows_M = self.tokenizer.quantize.revive(self.code_counts_K, self.last_vectors_ND)
+        self._copy_rows_to_average(rows_M)
+        self.code_counts_K.zero_()
+        return len(rows_M)
+
+    @torch.no_grad()
+    def _copy_rows_to_average(self, rows_M: Tensor) -> None:
+        """A moved entry has no past to average over."""
+        for name in self.tokenizer.quantize.row_tensors:
+            average = self.average.average.get(f"quantize.{name}")
+            if average is not None:
+                average[rows_M] = self.tokenizer.quantize.get_parameter(name)[rows_M]
 
     def _reconstruction(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the original calls the negative log likelihood: all terms that compare with the input."""

@@ -36,8 +36,12 @@ $(VENV)/.base: setup.cfg pyproject.toml
 $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
+# The original implementations that tests compare with (tests/oracles.py) come without their dependencies and off every import
+# path: transformers and torchvision change what other packages import.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oracles taming-transformers-rom1504==0.0.6 \
+		diffusers==0.35.2 huggingface-hub==0.36.0 lpips==0.1.4
 	touch $@
 
 # On top of .venv and not in it: torchmetrics imports transformers wherever it finds it. mosaicml-streaming comes without

@@ -68,9 +68,21 @@ def run_import_tokenizer(args: argparse.Namespace) -> Any:
     output = absolute(args.output)
     check_reachable("file", args.file)
     check_reachable("output", output)
+    project = _project(args.config)
     with local_weights(args.file) as file:
-        tokenizer = import_tokenizer(file, args.format)
+        tokenizer = import_tokenizer(file, args.format, project, args.part)
     return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
+
+
+def _project(config: str | None) -> Any:
+    """The project file of an import, if one is given."""
+    from pipeline.tokenizers import local_weights
+    from stages.project_config import read_project
+
+    if config is None:
+        return None
+    with local_weights(config) as path:
+        return read_project(path)
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
@@ -276,6 +288,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
     importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
+    importer.add_argument("--config", metavar="YAML", help="the project file that came with a CompVis checkpoint")
+    importer.add_argument(
+        "--part",
+        default="first_stage",
+        choices=["first_stage", "cond_stage"],
+        help="which tokenizer of a transformer's checkpoint",
+    )
     importer.add_argument("--output", required=True, help="folder of the new tokenizer")
     tokenizer_exporter = add(
         "export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported"

@@ -7,7 +7,7 @@ from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.quantizers.loss_weights import loss_weights
-from stages.first_stage.tokenizer import num_channels, tokenizer_config
+from stages.first_stage.tokenizer import tokenizer_config
 from stages.options import (
     ImageOptions,
     RunOptions,
@@ -64,23 +64,32 @@ def check_training(options: TokenizerJobOptions) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
-    train, tokenizer = options.tokenizer_train, options.tokenizer
-    tokenizer_config(tokenizer, options.images)
-    loss_weights(train)
-    build_discriminator(train, num_channels(tokenizer, options.images), options.images.size)
-    if tokenizer.num_labels is not None:
-        for key in ("discriminator_weight", "perceptual_weight"):
-            if getattr(train, key) > 0:
-                raise ConfigError(
-                    f"tokenizer_train.{key} is {getattr(train, key)}, but labels (tokenizer.num_labels) are trained by cross entropy "
-                    f"alone. Set it to 0."
-                )
+    train = options.tokenizer_train
+    check_networks(options.tokenizer, train, options.images)
     if train.perceptual_weight > 0 and train.perceptual_vgg is None:
         raise ConfigError(
             f"tokenizer_train.perceptual_weight is {train.perceptual_weight}, but tokenizer_train.perceptual_vgg names no weights. "
             f"Name a file of VGG16 weights, or set the weight to 0."
         )
     check_batch(options)
+
+
+def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> int:
+    """Refuses a tokenizer, losses and discriminator that do not fit each other or the images; the size of the codebook.
+
+    Raises:
+        ConfigError: naming the keys, the values and the rule.
+    """
+    config = tokenizer_config(tokenizer, images)
+    loss_weights(train)
+    build_discriminator(train, config.in_channels, images.size)
+    for key in ("discriminator_weight", "perceptual_weight"):
+        if tokenizer.num_labels is not None and getattr(train, key) > 0:
+            raise ConfigError(
+                f"tokenizer_train.{key} is {getattr(train, key)}, but labels (tokenizer.num_labels) are trained by cross entropy "
+                f"alone. Set it to 0."
+            )
+    return config.codebook_size
 
 
 def check_batch(options: TokenizerJobOptions) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from tests_support import tiny_config
-from train_support import nothing, never, start
+from train_support import never, nothing, start
 
 from cluster import checkpoints, run_log, tokenizer_loop, training_run
 from cluster.tokenizer_history import TrainingInputs, list_training_images

@@ -7,8 +7,9 @@ import pytest
 import torch
 from train_support import RECIPE, log_of, losses, options_for, start, train
 
-from cluster import checkpoints, train_loop, train_metrics, training_run
+from cluster import checkpoints, train_loop, train_metrics
 from cluster import train_step as train_step_module
+from cluster import training_run
 from cluster.verify_run import verify_run
 from pipeline.order import batch_index
 from stages.second_stage.transformer import nll

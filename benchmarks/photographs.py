@@ -4,7 +4,7 @@
     apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
     for package in *.deb; do dpkg-deb -x "$package" .; done
     python benchmarks/photographs.py photographs tiles
-    python ray_job.py train-tokenizer -c configs/photographs.yaml source.path=tiles/train source.holdout_path=tiles/holdout
+    python ray_job.py train-tokenizer -c configs/tokenizers/photographs.yaml source.path=tiles/train source.holdout_path=tiles/holdout
 
 36 photographs, at most 2048 pixels a side, give tiles of 256 pixels side by side. Every tenth tile is held out.
 """

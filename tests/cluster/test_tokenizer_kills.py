@@ -83,16 +83,15 @@ def test_a_death_at_any_point_changes_nothing(tmp_path, undisturbed, point, worl
     assert verify_run(run_path) == []
 
 
-STEPS = {"precision": "fp32", "num_samples": 1600, "checkpoint_every_steps": 5, "min_crop": 0.7}
+LONG = {**TRAIN, "precision": "fp32", "num_samples": 1600, "checkpoint_every_steps": 5, "min_crop": 0.7}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_processes_of_ray_are_killed(tmp_path):
     """Worker, driver, everything: with 60 images in batches of 16, nearly every kill falls into the middle of an epoch."""
-    config = tiny_config(
-        tmp_path, tokenizer_train={**STEPS, **TRAIN, "num_samples": 1600}, scaling={"num_workers": 2, "threads_per_worker": 1, "max_failures": 5}
-    )
+    scaling = {"num_workers": 2, "threads_per_worker": 1, "max_failures": 5}
+    config = tiny_config(tmp_path, tokenizer_train=LONG, scaling=scaling)
     path, choice = str(tmp_path / "config.yaml"), random.Random(0)
     with open(path, "w") as file:
         file.write(to_yaml(config))
@@ -121,7 +120,7 @@ def test_processes_of_ray_are_killed(tmp_path):
         _, error = driver.communicate(timeout=500)
         assert driver.returncode == 0, error[-3000:]
     disturbed = checkpoints.latest_commit(run_path)
-    whole = options_for(tmp_path / "whole", tokenizer_train={**STEPS, **TRAIN, "num_samples": 1600})
+    whole = options_for(tmp_path / "whole", tokenizer_train=LONG)
     expected = train(whole, 2)
     assert disturbed.step == expected.step == 100
     assert disturbed.content["sample_log_hash"] == expected.content["sample_log_hash"]

@@ -54,6 +54,7 @@ def test_without_weight_nothing_is_loaded(files):
         ({"perceptual_vgg": None}, ["perceptual_vgg names no weights"]),
         ({"perceptual_vgg": "/nowhere/vgg.pth"}, ["perceptual_vgg is /nowhere/vgg.pth", "no such file"]),
         ({"perceptual_vgg_sha256": "00ff"}, ["perceptual_vgg_sha256 is 00ff", "Check the file"]),
+        ({"perceptual_vgg_sha256": ""}, ["perceptual_vgg_sha256 is ", "Check the file"]),
         ({"perceptual_heads": None}, ["perceptual_heads has no lin0"]),
         ({"perceptual_vgg": "https://example.org/vgg.pth"}, ["must have a known hash", "perceptual_vgg_sha256"]),
     ],
@@ -91,8 +92,9 @@ def server(files):
 def test_weights_come_from_the_web(files, server):
     _, vgg, _ = files
     address = f"{server}/vgg.safetensors"
-    _, hashes = load_lpips(options(files, perceptual_vgg=address, perceptual_vgg_sha256=vgg))
-    assert hashes["perceptual_vgg"] == vgg
+    for known in (vgg, vgg[:8]):
+        _, hashes = load_lpips(options(files, perceptual_vgg=address, perceptual_vgg_sha256=known))
+        assert hashes["perceptual_vgg"] == vgg
     with pytest.raises(ConfigError, match="Check the file"):
         load_lpips(options(files, perceptual_vgg=address, perceptual_vgg_sha256="0" * 64))
     with pytest.raises(StorageError, match="cannot be downloaded"):

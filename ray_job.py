@@ -52,7 +52,7 @@ def run_plan(args: argparse.Namespace) -> Any:
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.tokenizer_job import train_tokenizer
-    from cluster.tokenizer_loop import TokenizerJobOptions
+    from cluster.tokenizer_options import TokenizerJobOptions
     from pipeline.job_options import select
 
     options = select(TokenizerJobOptions, checked_config(args))

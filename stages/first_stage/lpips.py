@@ -35,6 +35,9 @@ class Lpips(nn.Module):
         ConfigError: a tensor is missing or has another shape.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.blocks = nn.ModuleList(

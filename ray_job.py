@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from cluster.exchange_commands import add_exchange_commands
 from stages.config import load_config, to_dict
 from stages.errors import ConfigError, TesseraError
 from stages.options import Config
@@ -60,43 +61,6 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
         return train_tokenizer(options)
 
 
-def run_import_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute, check_reachable
-    from pipeline.tokenizers import local_weights, store_tokenizer
-    from stages.first_stage.import_export import import_tokenizer
-
-    output = absolute(args.output)
-    check_reachable("file", args.file)
-    check_reachable("output", output)
-    project = _project(args.config)
-    with local_weights(args.file) as file:
-        tokenizer = import_tokenizer(file, args.format, project, args.part)
-    return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
-
-
-def _project(config: str | None) -> Any:
-    """The project file of an import, if one is given."""
-    from pipeline.tokenizers import local_weights
-    from stages.project_config import read_project
-
-    if config is None:
-        return None
-    with local_weights(config) as path:
-        return read_project(path)
-
-
-def run_export_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute, check_reachable
-    from pipeline.tokenizers import open_tokenizer, store_export
-
-    path, output = absolute(args.tokenizer), absolute(args.output)
-    check_reachable("tokenizer", path)
-    check_reachable("output", output)
-    tokenizer = open_tokenizer(path)
-    file = store_export(tokenizer, args.format, output)
-    return {"file": file, "fingerprint": tokenizer.fingerprint}
-
-
 def run_tokenize(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from pipeline.job_options import select
@@ -122,16 +86,6 @@ def run_train(args: argparse.Namespace) -> Any:
     options = select(TrainJobOptions, checked_config(args))
     with connected():
         return train(options)
-
-
-def run_export(args: argparse.Namespace) -> Any:
-    from cluster.export import export
-    from pipeline.storage import absolute, check_reachable
-
-    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
-    check_reachable("CHECKPOINT", checkpoint)
-    check_reachable("--output", output)
-    return export(checkpoint, output, which=args.weights, dtype=args.dtype)
 
 
 def run_sample(args: argparse.Namespace) -> Any:
@@ -280,28 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--hours", type=float, help="how fast the run must be to take so long")
     configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
-    importer = add(
-        "import-tokenizer",
-        run_import_tokenizer,
-        "Makes a tokenizer of published weights.",
-        "last.ckpt --output runs/tokenizer",
-    )
-    importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
-    importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
-    importer.add_argument("--config", metavar="YAML", help="the project file that came with a CompVis checkpoint")
-    importer.add_argument(
-        "--part",
-        default="first_stage",
-        choices=["first_stage", "cond_stage"],
-        help="which tokenizer of a transformer's checkpoint",
-    )
-    importer.add_argument("--output", required=True, help="folder of the new tokenizer")
-    tokenizer_exporter = add(
-        "export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported"
-    )
-    tokenizer_exporter.add_argument("tokenizer", help="folder of a tokenizer")
-    tokenizer_exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
-    tokenizer_exporter.add_argument("--output", required=True, help="folder for the weights")
+    add_exchange_commands(add)
     tokenize = configured(
         add(
             "tokenize",
@@ -330,18 +263,6 @@ def build_parser() -> argparse.ArgumentParser:
             "-c configs/demo.yaml train.num_steps=2000",
         )
     )
-    exporter = add(
-        "export",
-        run_export,
-        "Writes a checkpoint's weights for inference as safetensors.",
-        "runs/default/checkpoints/step-000010000-5f2c… --output exported",
-    )
-    exporter.add_argument("checkpoint", help="folder of a checkpoint, of any world size and ZeRO stage")
-    exporter.add_argument("--output", required=True, help="folder for transformer.safetensors and config.json")
-    exporter.add_argument(
-        "--weights", default="average", choices=["average", "last"], help="averaged, where it has them"
-    )
-    exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate = configured(

@@ -130,7 +130,7 @@ def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tup
 
 def _block(take: Taker, layer: int) -> dict[str, Tensor]:
     ours, theirs = f"blocks.{layer}.", f"blocks.{layer}."
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, foreign_name in BLOCK.items():
         weights |= _pair(take, ours + name, theirs + foreign_name)
     for kind, rank in (("weight", 2), ("bias", 1)):

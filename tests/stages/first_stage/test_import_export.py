@@ -17,6 +17,7 @@ from stages.first_stage.import_export import export_tokenizer, import_tokenizer
 from stages.first_stage.names import FORMATS
 from stages.first_stage.tokenizer import Tokenizer
 
+
 def unit_codebook(model: Tokenizer) -> Tokenizer:
     model.quantize.embedding.weight.copy_(F.normalize(model.quantize.embedding.weight, dim=-1))
     return model

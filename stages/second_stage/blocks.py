@@ -5,7 +5,10 @@ The originals of Esser et al. 2020 (minGPT) have LayerNorm, GELU, biases and a l
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stages.second_stage.operations import Linear, RMSNorm
 
 
 class Gelu(nn.Module):
@@ -13,16 +16,16 @@ class Gelu(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_size: int, bias: bool):
         super().__init__()
-        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
+        self.up = Linear(hidden_size, ffn_size, bias)
+        self.down = Linear(ffn_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x)))
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:
     """The normalisation of a block: "rms" or "layer"."""
-    return nn.RMSNorm(size, eps=eps) if kind == "rms" else nn.LayerNorm(size, eps=eps)
+    return RMSNorm(size, eps) if kind == "rms" else nn.LayerNorm(size, eps=eps)
 
 
 def silence_prefix(cos_TD: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -62,27 +62,28 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
 
 def run_import_tokenizer(args: argparse.Namespace) -> Any:
     from pipeline.storage import absolute, check_reachable
-    from pipeline.tokenizers import local_weights, store_tokenizer
+    from pipeline.tokenizers import local_weights, open_project, store_tokenizer
     from stages.first_stage.import_export import import_tokenizer
 
     output = absolute(args.output)
     check_reachable("file", args.file)
     check_reachable("output", output)
-    project = _project(args.config)
     with local_weights(args.file) as file:
-        tokenizer = import_tokenizer(file, args.format, project, args.part)
+        tokenizer = import_tokenizer(file, args.format, open_project(args.config), args.part)
     return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
 
 
-def _project(config: str | None) -> Any:
-    """The project file of an import, if one is given."""
-    from pipeline.tokenizers import local_weights
-    from stages.project_config import read_project
+def run_import_transformer(args: argparse.Namespace) -> Any:
+    from cluster.import_run import ImportTransformerOptions, import_transformer
+    from pipeline.storage import absolute, check_reachable
 
-    if config is None:
-        return None
-    with local_weights(config) as path:
-        return read_project(path)
+    names = [field.name for field in dataclasses.fields(ImportTransformerOptions)]
+    given = {name: getattr(args, name) for name in names}
+    for name in ("output", "tokenizer", "condition_tokenizer"):
+        given[name] = given[name] and absolute(given[name])
+    for name in ("file", "output", "tokenizer"):
+        check_reachable(name, given[name])
+    return import_transformer(ImportTransformerOptions(**given))
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
@@ -235,6 +236,7 @@ COMMANDS = {
     "plan": run_plan,
     "train-tokenizer": run_train_tokenizer,
     "import-tokenizer": run_import_tokenizer,
+    "import-transformer": run_import_transformer,
     "export-tokenizer": run_export_tokenizer,
     "tokenize": run_tokenize,
     "inspect": run_inspect,

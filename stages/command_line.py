@@ -77,9 +77,35 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
         help="which tokenizer of a transformer's checkpoint",
     )
     importer.add_argument("--output", required=True, help="folder of the new tokenizer")
-    tokenizer_exporter = add(
-        "export-tokenizer", "The way back.", "runs/tokenizer --format diffusers --output exported"
+    transformer_importer = add(
+        "import-transformer",
+        "Makes a run of a published transformer, to sample from and train on.",
+        "last.ckpt --config project.yaml --output runs/cin --tokenizer runs/cin-tokenizer",
     )
+    transformer_importer.add_argument(
+        "file", help="a checkpoint of CompVis' Net2NetTransformer or of LlamaGen's class-conditional GPT"
+    )
+    transformer_importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen"])
+    transformer_importer.add_argument(
+        "--config", metavar="YAML", help="the project file that came with a CompVis checkpoint"
+    )
+    transformer_importer.add_argument("--output", required=True, help="folder of the new run")
+    transformer_importer.add_argument(
+        "--tokenizer", required=True, help="folder of its tokenizer, made if the checkpoint holds one"
+    )
+    transformer_importer.add_argument(
+        "--condition-tokenizer", metavar="DIR", help="folder for the tokenizer of its condition"
+    )
+    transformer_importer.add_argument(
+        "--num-heads", type=int, metavar="N", help="attention heads, where nothing else tells"
+    )
+    transformer_importer.add_argument(
+        "--num-classes", type=int, metavar="N", help="classes, where nothing else tells; 0: no condition"
+    )
+    transformer_importer.add_argument(
+        "--image-size", type=int, metavar="PX", help="side of its images; the tokenizer's if not given"
+    )
+    tokenizer_exporter = add("export-tokenizer", "The way back.", "runs/tokenizer --format diffusers --output exported")
     tokenizer_exporter.add_argument("tokenizer", help="folder of a tokenizer")
     tokenizer_exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
     tokenizer_exporter.add_argument("--output", required=True, help="folder for the weights")
@@ -121,14 +147,10 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
     exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     sample = configured(add("sample", "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate = configured(
-        add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest")
-    )
+    evaluate = configured(add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
-    configured(
-        add("nightly", "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
-    )
+    configured(add("nightly", "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
     submit = add("submit", "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
     submit.add_argument(
         "--address",

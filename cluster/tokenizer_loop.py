@@ -100,7 +100,14 @@ def _run(
         stage,
         plan,
         History(run_path, train.skip_batches, facts),
-        Checkpointer(run_path, attempt, stage.save, device=stage.device, keep_alive=watchdog.feed),
+        Checkpointer(
+            run_path,
+            attempt,
+            stage.save,
+            saved_bytes=stage.saved_bytes,
+            device=stage.device,
+            keep_alive=watchdog.feed,
+        ),
         metrics,
         should_leave=should_leave,
         watchdog=watchdog,
@@ -199,6 +206,13 @@ class TokenizerStage:
         self, loaded: LoadedImages, loss_sum: float, digests: list[int], numbers: dict[str, float]
     ) -> dict[str, Any]:
         return run_log.step_record(loaded.step, loaded.batch, loss_sum / self.world_size, digests, **numbers)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that `save` writes, at most: weights, two moments of each, their average, and that as the result."""
+        optimizers = [self.trainer.tokenizer_optimizer, self.trainer.discriminator_optimizer]
+        groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
+        return 5 * 4 * sum(p.numel() for group in groups for p in group["params"])
 
     def save(self, folder: str) -> None:
         """Rank 0 writes everything, for it is the same on every rank once code counts are pooled."""

@@ -3,7 +3,7 @@
     mkdir photographs && cd photographs
     apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
     for package in *.deb; do dpkg-deb -x "$package" .; done
-    python benchmarks/codebook_health.py photographs [--num-steps 1000] [--rows recipe,original]
+    python benchmarks/codebook_health.py photographs [--num-steps 400] [--rows recipe,original]
 
 Random crops of 36 photographs follow from a seed. Usage, perplexity and entropy are those of the codes of fresh crops by the
 tokenizer as it is stored: averaged weights, baked codebook.
@@ -37,7 +37,7 @@ CODEBOOK_SIZE = 16_384
 NUM_DECODED = 1024
 IMAGES = ImageOptions(size=32)
 NETWORK: dict[str, Any] = dict(base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32)
-TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=2000, l1_weight=1.0)
+TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=500, l1_weight=1.0)
 # What the original does: no start on data, no revival, its weights of the two losses.
 ORIGINAL: dict[str, Any] = dict(kmeans_start=False, revive_every_steps=0, loss_preset="compvis-legacy")
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -132,9 +132,9 @@ def measure(tokenizer: Tokenizer, pixels_NHWC: Tensor) -> tuple[float, float, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", help="folder of the unpacked packages")
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-test-crops", type=int, default=4096)
+    parser.add_argument("--num-test-crops", type=int, default=2048)
     parser.add_argument("--rows", default="recipe,original", help=f"of: {'; '.join(ROWS)}")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

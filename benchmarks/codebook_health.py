@@ -36,7 +36,9 @@ logger = logging.getLogger("codebook_health")
 CODEBOOK_SIZE = 16_384
 NUM_DECODED = 1024
 IMAGES = ImageOptions(size=32)
-NETWORK: dict[str, Any] = dict(base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32)
+NETWORK: dict[str, Any] = dict(
+    base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32
+)
 TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=500, l1_weight=1.0)
 # What the original does: no start on data, no revival, its weights of the two losses.
 ORIGINAL: dict[str, Any] = dict(kmeans_start=False, revive_every_steps=0, loss_preset="compvis-legacy")
@@ -44,7 +46,10 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe": (dict(quantizer="vq-l2", codebook_dim=8), dict(revive_every_steps=40)),
     "original": (dict(quantizer="vq", codebook_dim=256), ORIGINAL),
     "original, mended": (dict(quantizer="vq", codebook_dim=256), dict(revive_every_steps=40)),
-    "recipe, no start or revival": (dict(quantizer="vq-l2", codebook_dim=8), dict(kmeans_start=False, revive_every_steps=0)),
+    "recipe, no start or revival": (
+        dict(quantizer="vq-l2", codebook_dim=8),
+        dict(kmeans_start=False, revive_every_steps=0),
+    ),
     "vq-ema": (dict(quantizer="vq-ema", codebook_dim=8), dict(revive_every_steps=40)),
     "simvq": (dict(quantizer="simvq", codebook_dim=8), {}),
     "lfq": (dict(quantizer="lfq"), {}),
@@ -101,7 +106,9 @@ def train(row: str, photographs: list[Tensor], num_steps: int, batch_size: int, 
             num_revived += trainer.revive_dead_codes()
         if (step + 1) % 50 == 0:
             values = "  ".join(f"{name} {value.item():.4f}" for name, value in metrics.items())
-            logger.info("%s  step %d  revived %d  %s  %.0f s", row, step + 1, num_revived, values, time.monotonic() - started)
+            logger.info(
+                "%s  step %d  revived %d  %s  %.0f s", row, step + 1, num_revived, values, time.monotonic() - started
+            )
     tokenizer = trainer.averaged_tokenizer().baked()
     usage, perplexity, entropy, quality = measure(tokenizer, crops(photographs, num_test_crops, seed=num_steps))
     return [

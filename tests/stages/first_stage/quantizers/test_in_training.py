@@ -79,7 +79,9 @@ def test_dead_entries_move_onto_the_vectors_of_several_steps(monkeypatch):
     trainer.code_counts_K.zero_()
     trainer.revive_dead_codes()
     entries = trainer.tokenizer.quantize.codebook()
-    assert torch.equal(entries[0], trainer.recent_vectors_ND[0]) and torch.equal(entries[-1], trainer.recent_vectors_ND[-1])
+    assert torch.equal(entries[0], trainer.recent_vectors_ND[0]) and torch.equal(
+        entries[-1], trainer.recent_vectors_ND[-1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["vq", "vq-l2", "vq-ema"])

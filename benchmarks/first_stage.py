@@ -15,6 +15,7 @@ if not __package__:  # run as a file: this folder would hide Python's own module
     sys.path[0] = sys.path[0].rpartition("/")[0]
 
 import argparse
+import functools
 import multiprocessing
 import os
 import statistics
@@ -49,7 +50,7 @@ CONFIG = TokenizerConfig(
 WAYS = ("original", "fp32", "bf16")
 DTYPES = {"original": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
-_encode: Callable[[], np.ndarray]  # of this process
+PREPARED: list[Callable[[], np.ndarray]] = []  # of this process: encodes its images
 
 
 def make_tokenizer() -> Tokenizer:
@@ -62,18 +63,17 @@ def make_tokenizer() -> Tokenizer:
 
 def prepare(way: str, num_images: int, num_threads: int) -> None:
     """Makes this process ready to encode."""
-    global _encode
     torch.set_num_threads(num_threads)
     views = golden_images(SIZE, CONFIG.in_channels)[:num_images]
     tokenizer = make_tokenizer()
     if way == "original":
         original, images = _original(tokenizer), to_float(torch.from_numpy(views)).contiguous()
-        _encode = lambda: _encode_original(original, images)
+        PREPARED.append(functools.partial(_encode_original, original, images))
         return
     keep_freed_memory()
     tokenizer = prepare_encoder(tokenizer, torch.device("cpu"))
     options = CodesOptions(encode_batch_size=num_images, encode_precision=way)  # type: ignore[arg-type]
-    _encode = lambda: encode_views(tokenizer, views, options)
+    PREPARED.append(functools.partial(encode_views, tokenizer, views, options))
 
 
 def _original(tokenizer: Tokenizer) -> torch.nn.Module:
@@ -106,7 +106,7 @@ def _encode_original(model: torch.nn.Module, images: torch.Tensor) -> np.ndarray
 def run() -> tuple[float, np.ndarray]:
     """Seconds of one pass over the images, and their codes."""
     started = time.perf_counter()
-    codes = _encode()
+    codes = PREPARED[0]()
     return time.perf_counter() - started, codes
 
 

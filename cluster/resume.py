@@ -55,6 +55,9 @@ def check_resumable(
     Raises:
         ArtefactError: another code dataset, model, order or precision, or an average that starts or ends midway; both sides are named.
     """
+    if commit.is_imported:
+        _check_imported(commit, dataset, config)
+        return
     content, ours = commit.content, to_dict(config)
     run, train = options.run, options.train
     sampler = content["sampler"]
@@ -81,12 +84,33 @@ def check_resumable(
             )
 
 
+def _check_imported(commit: checkpoints.Commit, dataset: CodeDataset, config: TransformerConfig) -> None:
+    """Refuses a dataset of another tokenizer, grid or number of classes, or another model, than an imported transformer's."""
+    saved, ours = commit.content["transformer"], to_dict(config)
+    if saved["conditioning"] == "none":  # labels, if the dataset has them, make no difference
+        saved = {**saved, "num_classes": ours["num_classes"]}
+    pairs: list[tuple[str, str, Any, Any]]
+    pairs = [("codes.path", "tokenizer", commit.tokenizer_fingerprint, dataset.tokenizer_fingerprint)]
+    names = {"codebook_size": "codes.path", "grid": "codes.path", "num_classes": "codes.path"}
+    pairs += [(names.get(name, "model"), name, value, ours.get(name)) for name, value in saved.items()]
+    for key, what, there, here in pairs:
+        if there != here:
+            raise ArtefactError(
+                f"{key} gives {what} {here}, but the imported transformer in {commit.path} has {there}. Tokenize with its tokenizer "
+                "and image size, and give the configuration beside it (model.yaml) with -c."
+            )
+
+
 def load_commit(engine: Any, commit: checkpoints.Commit) -> None:
     """Brings an engine to the state of a commit. Every rank must call it.
 
     Raises:
         ArtefactError: DeepSpeed finds no state in it, or cannot convert it to this world size and ZeRO stage.
     """
+    if commit.is_imported:
+        with checkpoints.local_folder(commit) as folder:
+            universal.load_weights(engine, os.path.join(folder, WEIGHTS))
+        return
     saved = (commit.content["world_size"], commit.content["zero_stage"])
     ours = (dist.get_world_size(), engine.zero_optimization_stage())
     if saved == ours or saved[1] == ours[1] == 0:

@@ -6,7 +6,7 @@ from pipeline import storage
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
-from stages.first_stage.quantizers.loss_weights import loss_weights
+from stages.first_stage.quantizers.loss_weights import check_losses
 from stages.first_stage.tokenizer import tokenizer_config
 from stages.options import (
     ImageOptions,
@@ -81,7 +81,7 @@ def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, im
         ConfigError: naming the keys, the values and the rule.
     """
     config = tokenizer_config(tokenizer, images)
-    loss_weights(train)
+    check_losses(tokenizer.quantizer, train)
     build_discriminator(train, config.in_channels, images.size)
     for key in ("discriminator_weight", "perceptual_weight"):
         if tokenizer.num_labels is not None and getattr(train, key) > 0:

@@ -26,7 +26,7 @@ class TrainSummary:
     run: str
     step: int
     checkpoint: str
-    train_loss: float
+    train_loss: float | None
     sample_log_hash: str
 
 

@@ -26,7 +26,7 @@ def verify_run(run_path: str) -> list[str]:
     if not commits:
         return [f"{run_path} has no committed checkpoint"]
     problems = [problem for commit in commits for problem in checkpoints.commit_problems(commit)]
-    return problems + _log_problems(run_path, commits[-1])
+    return problems if commits[-1].is_imported else problems + _log_problems(run_path, commits[-1])
 
 
 def _log_problems(run_path: str, commit: checkpoints.Commit) -> list[str]:

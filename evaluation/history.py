@@ -49,7 +49,9 @@ def write_report(
 def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoints.Commit | None) -> dict[str, str]:
     summary = {"Source": options.source.name}
     if commit is not None:
-        summary |= {"Step": f"{commit.step:,}", "Training loss": f"{commit.train_loss:.3f} nats per code"}
+        summary["Step"] = f"{commit.step:,}"
+        if commit.train_loss is not None:
+            summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
     if records:
         metrics = records[-1].metrics
         for name, label in (("gfd", "Distance of samples"), ("validation_nll", "Validation NLL, nats per code")):

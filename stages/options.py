@@ -89,11 +89,15 @@ class TokenizerTrainOptions(QuantizerTrainOptions):
         None,
         "VGG16 weights as torchvision publishes them, or a VQGAN checkpoint that holds them: a path, s3:// or https:// address.",
     )
-    perceptual_vgg_sha256: str | None = option(None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it.")
+    perceptual_vgg_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
     perceptual_heads: str | None = option(
         None, "Linear heads of LPIPS (weights/v0.1/vgg.pth of the lpips package), where perceptual_vgg does not hold them."
     )
-    perceptual_heads_sha256: str | None = option(None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it.")
+    perceptual_heads_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
     discriminator_weight: float = option(
         0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0
     )
@@ -187,12 +191,19 @@ class ModelOptions:
     hidden_size: int = option(768, "Width.", low=8)
     num_heads: int = option(12, "Attention heads; hidden_size / num_heads must be a multiple of 4 (2-D RoPE).", low=1)
     ffn_size: int | None = option(
-        None, "Width of the SwiGLU layer; 8/3 hidden_size rounded up to 64 if not given.", low=8
+        None, "Width inside the feed-forward layer; 8/3 hidden_size rounded up to 64, or 4 hidden_size with gelu, if not given.", low=8
     )
     residual_dropout: float = option(0.1, "Dropout on what each branch adds.", low=0.0, high=0.9)
     embedding_dropout: float = option(0.1, "Dropout on the embedded codes.", low=0.0, high=0.9)
     qk_norm: bool = option(True, "RMS-normalise queries and keys per head.")
     rope_base: float = option(10000.0, "Base of the rotary frequencies.", above=1.0)
+    norm: Literal["rms", "layer"] = option("rms", "RMSNorm, or LayerNorm as in GPT-2.")
+    norm_eps: float = option(1e-6, "Added to the variance by the norms of blocks.", above=0.0)
+    ffn: Literal["swiglu", "gelu"] = option("swiglu", "Feed-forward layer: gated, or GELU as in GPT-2.")
+    positions: Literal["rope", "rope-zero-prefix", "learned"] = option(
+        "rope", "2-D rotary; the same with queries and keys of the prefix set to 0, as LlamaGen has it; or a learned vector each."
+    )
+    bias: bool = option(False, "Linear layers of blocks add a bias.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +211,9 @@ class ConditioningOptions:
     """What precedes the codes."""
 
     name: str = option(
-        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`."
+        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, codes, or `package.module:Class`."
     )
+    num_tokens: int = option(1, "Condition tokens per image; more than 1 with codes only.", low=1)
     cond_drop_prob: float = option(
         0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0
     )

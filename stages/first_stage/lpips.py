@@ -51,6 +51,8 @@ class Lpips(nn.Module):
             self.register_buffer(f"head{i}", head.float().clone())  # type: ignore[union-attr]  # checked
         self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None])
+        self.shift: Tensor
+        self.scale: Tensor
         self.requires_grad_(False)
         self.eval()
 
@@ -73,7 +75,7 @@ class Lpips(nn.Module):
         for i, block in enumerate(self.blocks):
             if i:
                 x = F.max_pool2d(x, 2)
-            for convolution in block:  # type: ignore[attr-defined]  # a ModuleList
+            for convolution in block.children():
                 x = F.relu(convolution(x))
             features.append(x)
         return features

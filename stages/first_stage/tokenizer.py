@@ -14,7 +14,7 @@ from stages.first_stage.quantizers.shape import codebook_shape
 from stages.options import ImageOptions, TokenizerOptions
 
 # Fields that came after the first fingerprints count only where they differ, so that what was there keeps its own.
-LATER_FIELDS = {"middle_attention": True, "fsq_levels": ()}
+LATER_FIELDS: dict[str, Any] = {"middle_attention": True, "fsq_levels": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class TokenizerConfig:
     z_channels: int
     quantizer: str = "vq"
     dropout: float = 0.0
-    fsq_levels: tuple[int, ...] = ()
     middle_attention: bool = True
+    fsq_levels: tuple[int, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What is stored and hashed."""

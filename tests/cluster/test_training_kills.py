@@ -172,6 +172,7 @@ def kill_something(cluster, driver, victim, choice):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1800)  # eight restarts of everything, on whatever machine
 @pytest.mark.parametrize(
     "victims, zero_stage",
     [

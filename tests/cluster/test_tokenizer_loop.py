@@ -101,7 +101,7 @@ def test_nan_is_undone_and_its_batches_are_left_out(tmp_path):
     assert verify_run(training_path(options.tokenizer.path)) == []
 
 
-def nan_in_a_discriminator_that_is_off():
+def nan_in_the_discriminator():
     step = FirstStageTrainer._discriminator_step
 
     def poisoned(self, *args):
@@ -112,8 +112,8 @@ def nan_in_a_discriminator_that_is_off():
 
 def test_nan_without_a_way_back_stops_clearly(tmp_path):
     options = options_for(tmp_path)
-    with pytest.raises(Exception, match="Step 0 has .*nan.* max_rollbacks is 3.*Lower the learning rate"):
-        train(options, 1, nan_in_a_discriminator_that_is_off)
+    with pytest.raises(Exception, match="Step 0 has discriminator nan.*max_rollbacks is 3.*Lower the learning rate"):
+        train(options, 1, nan_in_the_discriminator)
     assert checkpoints.list_commits(training_path(options.tokenizer.path)) == []
 
 

@@ -149,7 +149,7 @@ class TokenizerStage:
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are computed from all ranks' data, the same everywhere
+            forward_sync_buffers=False,  # they are computed from all ranks' data, the same everywhere
             find_unused_parameters=True,  # else buckets change after the first step, and with them sums after a resume
         )
 

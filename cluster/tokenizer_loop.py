@@ -153,9 +153,12 @@ class TokenizerStage:
     def _data_parallel(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        # What buffers there are is computed from all ranks' data, the same everywhere.
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            forward_sync_buffers=False,  # they are computed from all ranks' data, the same everywhere
+            find_unused_parameters=True,  # else buckets change after the first step, and with them sums after a resume
+        )
 
     def _all_reduce_mean(self, tensor: Tensor) -> None:
         if self.world_size > 1:

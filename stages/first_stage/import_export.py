@@ -32,6 +32,7 @@ FILES = {"compvis": "tokenizer.ckpt", "llamagen": "tokenizer.pt", "diffusers": D
 DIFFUSERS_CONFIG = "config.json"
 # What shapes do not show and this project builds in one way only.
 DIFFUSERS_FIXED = {"norm_num_groups": NUM_GROUPS, "norm_type": "group", "act_fn": "silu"}
+QUANTIZERS_OF = {"compvis": ("vq", "gumbel"), "llamagen": ("vq",), "diffusers": ("vq",)}
 # A transformer's checkpoint contains its tokenizers; what else it and latent-diffusion's models hold is no part of them.
 OTHER_PARTS = {
     r"(transformer|permuter)\.": "the transformer",
@@ -108,7 +109,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, or the folder holds such files already.
+        ConfigError: no such format, a quantizer that it has not, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -116,8 +117,13 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
     for target in [path] + [os.path.join(folder, DIFFUSERS_CONFIG)] * (format == "diffusers"):
         if os.path.exists(target):
             raise ConfigError(f"output is {folder}, but {target} is there already. Choose another folder.")
-    os.makedirs(folder, exist_ok=True)
     baked = tokenizer.baked()
+    if baked.config.quantizer not in QUANTIZERS_OF[format]:
+        raise ConfigError(
+            f"--format is {format}, but it has no quantizer {baked.config.quantizer}, which this tokenizer has. "
+            f"{'Use --format compvis.' if baked.config.quantizer in QUANTIZERS_OF['compvis'] else 'Keep the tokenizer as it is.'}"
+        )
+    os.makedirs(folder, exist_ok=True)
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {
@@ -183,7 +189,7 @@ def _used_codes_only(foreign: Foreign) -> Foreign:
 
 def _normalise_codebook(tokenizer: Tokenizer) -> None:
     """LlamaGen compares unit vectors; with a unit codebook the Euclidean nearest entry is the same one."""
-    weight = tokenizer.quantize.embedding.weight
+    weight = tokenizer.quantize.get_parameter("embedding.weight")
     # Dividing a unit vector by its rounded norm again would change its last bits.
     if not _is_unit(weight):
         weight.copy_(F.normalize(weight, dim=-1))

@@ -19,7 +19,7 @@ from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
 from stages.second_stage.blocks import Gelu, make_norm, silence_prefix
 from stages.second_stage.conditioning import open_conditioning
-from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate
+from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate, swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, ffn_size: int, bias: bool = False):
         super().__init__()
@@ -193,8 +193,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(ffn_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate
+from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate, swiglu
 
 TOLERANCES = {torch.float32: {"atol": 2e-5, "rtol": 1e-4}, torch.bfloat16: {"atol": 5e-2, "rtol": 2e-2}}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
@@ -28,8 +28,9 @@ def assert_same(ours, reference, variables):
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(2, 7, 24), (3, 24)])
-def test_linear(dtype, shape):
-    layer = Linear(24, 40).to(dtype)
+@pytest.mark.parametrize("out_features", [8, 40])
+def test_linear(dtype, shape, out_features):
+    layer = Linear(24, out_features).to(dtype)
     (x,) = inputs(shape, dtype=dtype)
     assert_same(lambda: layer(x), lambda: F.linear(x, layer.weight), [x, layer.weight])
 
@@ -67,6 +68,12 @@ def test_causal_attention(dtype):
 def test_one_query_sees_everything(dtype):
     q, k, v = inputs((2, 3, 1, 16), (2, 3, 9, 16), (2, 3, 9, 16), dtype=dtype)
     assert_same(lambda: attention(q, k, v, is_causal=False), lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v])
+
+
+@DTYPES
+def test_swiglu(dtype):
+    (x,) = inputs((2, 7, 24), dtype=dtype)
+    assert_same(lambda: swiglu(x), lambda: F.silu(x[..., :12]) * x[..., 12:], [x])
 
 
 @DTYPES

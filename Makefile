@@ -22,7 +22,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.bench
-	for name in frechet loader memory restart tokenize; do $(VENV)/bench/bin/python benchmarks/$$name.py || exit 1; done
+	for name in codebook_health first_stage frechet loader memory restart tokenize train; do \
+		TESSERA_ORACLES=$(VENV)/oracles $(VENV)/bench/bin/python benchmarks/$$name.py || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
 $(VENV)/.base: setup.cfg pyproject.toml

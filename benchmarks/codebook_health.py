@@ -3,7 +3,7 @@
     mkdir photographs && cd photographs
     apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
     for package in *.deb; do dpkg-deb -x "$package" .; done
-    python benchmarks/codebook_health.py photographs [--num-steps 1500] [--rows recipe,original]
+    python benchmarks/codebook_health.py photographs [--num-steps 1000] [--rows recipe,original]
 
 Random crops of 36 photographs follow from a seed. Usage, perplexity and entropy are those of the codes of fresh crops by the
 tokenizer as it is stored: averaged weights, baked codebook.
@@ -34,17 +34,18 @@ from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
 logger = logging.getLogger("codebook_health")
 
 CODEBOOK_SIZE = 16_384
+NUM_DECODED = 1024
 IMAGES = ImageOptions(size=32)
-NETWORK: dict[str, Any] = dict(base_channels=32, channel_multipliers=(1, 2, 2), num_res_blocks=1, attention_resolutions=(), z_channels=64)
+NETWORK: dict[str, Any] = dict(base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32)
 TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=2000, l1_weight=1.0)
 # What the original does: no start on data, no revival, its weights of the two losses.
 ORIGINAL: dict[str, Any] = dict(kmeans_start=False, revive_every_steps=0, loss_preset="compvis-legacy")
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "recipe": (dict(quantizer="vq-l2", codebook_dim=8), dict(revive_every_steps=20)),
+    "recipe": (dict(quantizer="vq-l2", codebook_dim=8), dict(revive_every_steps=40)),
     "original": (dict(quantizer="vq", codebook_dim=256), ORIGINAL),
-    "original, mended": (dict(quantizer="vq", codebook_dim=256), dict(revive_every_steps=20)),
+    "original, mended": (dict(quantizer="vq", codebook_dim=256), dict(revive_every_steps=40)),
     "recipe, no start or revival": (dict(quantizer="vq-l2", codebook_dim=8), dict(kmeans_start=False, revive_every_steps=0)),
-    "vq-ema": (dict(quantizer="vq-ema", codebook_dim=8), dict(revive_every_steps=20)),
+    "vq-ema": (dict(quantizer="vq-ema", codebook_dim=8), dict(revive_every_steps=40)),
     "simvq": (dict(quantizer="simvq", codebook_dim=8), {}),
     "lfq": (dict(quantizer="lfq"), {}),
     "bsq": (dict(quantizer="bsq"), {}),
@@ -98,7 +99,7 @@ def train(row: str, photographs: list[Tensor], num_steps: int, batch_size: int, 
         every = training.revive_every_steps
         if every and (step + 1) % every == 0 and step < 0.8 * num_steps:
             num_revived += trainer.revive_dead_codes()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 50 == 0:
             values = "  ".join(f"{name} {value.item():.4f}" for name, value in metrics.items())
             logger.info("%s  step %d  revived %d  %s  %.0f s", row, step + 1, num_revived, values, time.monotonic() - started)
     tokenizer = trainer.averaged_tokenizer().baked()
@@ -122,15 +123,17 @@ def measure(tokenizer: Tokenizer, pixels_NHWC: Tensor) -> tuple[float, float, fl
     for pixels in pixels_NHWC.split(256):
         codes = tokenizer.encode(to_float(pixels))
         counts_K += torch.bincount(codes.flatten(), minlength=len(counts_K))
-        quality.append(psnr(pixels, to_uint8(tokenizer.decode(codes.view(len(pixels), *tokenizer.grid(IMAGES.size))))))
+        if len(quality) * 256 < NUM_DECODED:
+            images = tokenizer.decode(codes.view(len(pixels), *tokenizer.grid(IMAGES.size)))
+            quality.append(psnr(pixels, to_uint8(images)))
     return *codebook_health(counts_K), torch.cat(quality).mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", help="folder of the unpacked packages")
-    parser.add_argument("--num-steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-test-crops", type=int, default=4096)
     parser.add_argument("--rows", default="recipe,original", help=f"of: {'; '.join(ROWS)}")
     args = parser.parse_args()

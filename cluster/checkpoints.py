@@ -176,6 +176,12 @@ def list_commits(run_path: str) -> list[Commit]:
     return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
 
 
+def newest_commit(run_path: str) -> Commit | None:
+    """The commit of the highest step, its files unchecked; None when there is none."""
+    commits = list_commits(run_path)
+    return commits[-1] if commits else None
+
+
 def latest_commit(run_path: str) -> Commit | None:
     """The highest step whose commit verifies; damaged ones are named in the log and passed over. None when there is none."""
     for commit in reversed(list_commits(run_path)):

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.estimates import GPUS, USABLE_MEMORY, rank_memory, row_flop, steps_per_second
+from cluster.tokenizer_options import check_networks
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
 from pipeline.loader import num_micro_batches
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.first_stage.discriminator import build_discriminator
-from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import tokenizer_config
 from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
@@ -27,9 +26,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
-    codebook_size = tokenizer_config(config.tokenizer, config.images).codebook_size
-    loss_weights(config.tokenizer_train)
-    build_discriminator(config.tokenizer_train, config.images.channels, config.images.size)
+    codebook_size = check_networks(config.tokenizer, config.tokenizer_train, config.images)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
     _check_offloading(config.deepspeed)

@@ -14,6 +14,7 @@ from cluster import checkpoints, universal
 from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
 from cluster.train_options import TrainJobOptions
 from pipeline import storage
+from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
 from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
@@ -21,6 +22,29 @@ from stages.errors import ArtefactError
 from stages.second_stage.transformer import TransformerConfig
 
 logger = logging.getLogger(__name__)
+
+
+def commit_facts(
+    options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig, world_size: int
+) -> dict[str, Any]:
+    """What every commit of a run says of what it was made from and with; `check_resumable` and readers of checkpoints ask for it."""
+    return {
+        "codes_path": options.codes.path,
+        "root_hash": dataset.root_hash,
+        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
+        "encoding": encoding_of(dataset.manifest),
+        "world_size": world_size,
+        "zero_stage": options.deepspeed.zero_stage,
+        "precision": options.train.precision,
+        "sampler": {
+            "version": SAMPLER_VERSION,
+            "seed": options.run.seed,
+            "global_batch_size": options.train.global_batch_size,
+            "window": options.train.shuffle_window,
+        },
+        "transformer": to_dict(config),
+        "options": to_dict(options),
+    }
 
 
 def check_resumable(

@@ -32,6 +32,7 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
 
 
 def section_paths(section: Any) -> dict[str, str]:
-    """The paths that a section of the configuration names, by key."""
-    names = ("path", "holdout_path", "cache_path", "validation_path")
-    return {name: getattr(section, name) for name in names if getattr(section, name, None)}
+    """The paths that a section of the configuration names, by key; addresses on the web are none."""
+    names = ("path", "holdout_path", "cache_path", "validation_path", "perceptual_vgg", "perceptual_heads")
+    values = {name: getattr(section, name, None) for name in names}
+    return {name: value for name, value in values.items() if value and not value.startswith(("http://", "https://"))}

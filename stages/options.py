@@ -89,11 +89,15 @@ class TokenizerTrainOptions(QuantizerTrainOptions):
         None,
         "VGG16 weights as torchvision publishes them, or a VQGAN checkpoint that holds them: a path, s3:// or https:// address.",
     )
-    perceptual_vgg_sha256: str | None = option(None, "sha-256 of that file; an https:// address needs it.")
+    perceptual_vgg_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
     perceptual_heads: str | None = option(
         None, "Linear heads of LPIPS (weights/v0.1/vgg.pth of the lpips package), where perceptual_vgg does not hold them."
     )
-    perceptual_heads_sha256: str | None = option(None, "sha-256 of that file; an https:// address needs it.")
+    perceptual_heads_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
     discriminator_weight: float = option(
         0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0
     )

@@ -35,7 +35,7 @@ class QuantizerTrainOptions:
         None, "Weight of |z - sg[e]|^2, which moves the encoder; 0.25 if not given.", low=0.0
     )
     entropy_weight: float | None = option(
-        None, "lfq, bsq, ibq: weight of entropy per vector minus entropy of all; 0.1 if not given.", low=0.0
+        None, "Weight of entropy per vector minus entropy of all; if not given, 0.1 for lfq, bsq, ibq and none for others.", low=0.0
     )
     kl_weight: float | None = option(
         None, "gumbel: weight of the divergence from uniform choice; 0.0005 if not given.", low=0.0

@@ -35,6 +35,9 @@ class Lpips(nn.Module):
         ConfigError: a tensor is missing or has another shape.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -48,6 +51,8 @@ class Lpips(nn.Module):
             self.register_buffer(f"head{i}", head.float().clone())  # type: ignore[union-attr]  # checked
         self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None])
+        self.shift: Tensor
+        self.scale: Tensor
         self.requires_grad_(False)
         self.eval()
 
@@ -70,7 +75,7 @@ class Lpips(nn.Module):
         for i, block in enumerate(self.blocks):
             if i:
                 x = F.max_pool2d(x, 2)
-            for convolution in block:  # type: ignore[union-attr]  # a ModuleList
+            for convolution in block.children():
                 x = F.relu(convolution(x))
             features.append(x)
         return features

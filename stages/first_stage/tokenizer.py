@@ -14,7 +14,7 @@ from stages.first_stage.quantizers.shape import codebook_shape
 from stages.options import ImageOptions, TokenizerOptions
 
 # Fields that came after the first fingerprints count only where they differ, so that what was there keeps its own.
-LATER_FIELDS: dict[str, Any] = {"fsq_levels": (), "middle_attention": True}
+LATER_FIELDS: dict[str, Any] = {"middle_attention": True, "fsq_levels": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class TokenizerConfig:
     z_channels: int
     quantizer: str = "vq"
     dropout: float = 0.0
-    fsq_levels: tuple[int, ...] = ()
     middle_attention: bool = True
+    fsq_levels: tuple[int, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What is stored and hashed: later fields only where they say something."""
+        """What is stored and hashed."""
         values = asdict(self).items()
         return {name: value for name, value in values if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
@@ -137,7 +137,7 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
     codebook_size, codebook_dim = codebook_shape(options)
     return TokenizerConfig(
         resolution=images.size,
-        in_channels=images.channels,
+        in_channels=num_channels(options, images),
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
         base_channels=options.base_channels,
@@ -149,6 +149,22 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
         dropout=options.dropout,
         fsq_levels=options.fsq_levels,
     )
+
+
+def num_channels(options: TokenizerOptions, images: ImageOptions) -> int:
+    """Channels of what is tokenized: of the images, one per label of a map of ids, or one of a map of numbers.
+
+    Raises:
+        ConfigError: labels are given, but images are tokenized.
+    """
+    if options.input == "image":
+        if options.num_labels is not None:
+            raise ConfigError(
+                f"tokenizer.num_labels is {options.num_labels}, but tokenizer.input is image. Name the map of labels, e.g. "
+                f"tokenizer.input=segmentation, or leave num_labels out."
+            )
+        return images.channels
+    return options.num_labels or 1
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:

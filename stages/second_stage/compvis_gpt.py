@@ -18,7 +18,13 @@ from stages.second_stage.foreign_transformer import Description, Request, Taker,
 logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
-BLOCK = {"attention_norm": "ln1", "attention.out": "attn.proj", "ffn_norm": "ln2", "ffn.up": "mlp.0", "ffn.down": "mlp.2"}
+BLOCK = {
+    "attention_norm": "ln1",
+    "attention.out": "attn.proj",
+    "ffn_norm": "ln2",
+    "ffn.up": "mlp.0",
+    "ffn.down": "mlp.2",
+}
 OTHER_PARTS = {
     r"first_stage_model\.": "the first stage",
     r"cond_stage_model\.": "the tokenizer of the condition",
@@ -112,7 +118,11 @@ def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tup
         num_classes = number(stage, "n_classes", project.path, num_classes)
     elif stage is not None or has_tokenizer:
         num_tokens = num_positions - request.grid[0] * request.grid[1]
-        return ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0), size, list(range(size))
+        return (
+            ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0),
+            size,
+            list(range(size)),
+        )
     if num_classes is None:
         raise ConfigError(
             "--num-classes is not given, but the tensors cannot tell how many classes the condition has. Name it, 0 for none, or "

@@ -272,7 +272,7 @@ class Transformer(nn.Module):
         )
         cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
         if self.position_embedding is not None:
-            x_BTC = x_BTC + self.position_embedding.weight[start : start + t]
+            x_BTC = x_BTC + self.position_embedding(torch.arange(start, start + t, device=x_BTC.device))
         if config.positions == "rope-zero-prefix":
             cos_TD = silence_prefix(cos_TD, prefix - start)
         x_BTC = self.embedding_dropout(x_BTC)

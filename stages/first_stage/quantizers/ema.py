@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from stages.first_stage.quantizers.base import Quantized
+from stages.first_stage.quantizers.nearest import totals
 from stages.first_stage.quantizers.ranks import sum_over_ranks
 from stages.first_stage.quantizers.vq import VectorQuantizer
 from stages.options import TokenizerTrainOptions
@@ -44,10 +45,8 @@ class AverageQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _update(self, vectors_ND: Tensor, codes_N: Tensor) -> None:
-        new_KE = torch.zeros(self.codebook_size, self.codebook_dim + 1, device=vectors_ND.device)
-        new_KE[:, 0] = torch.bincount(codes_N, minlength=self.codebook_size)
-        new_KE[:, 1:].index_add_(0, codes_N, vectors_ND)
-        sum_over_ranks(new_KE)
+        counts_K, sums_KD = totals(vectors_ND, codes_N, self.codebook_size)
+        new_KE = sum_over_ranks(torch.cat([counts_K[:, None].to(sums_KD), sums_KD], 1))
         self.counts_K.lerp_(new_KE[:, 0], 1.0 - self.decay)
         self.sums_KD.lerp_(new_KE[:, 1:], 1.0 - self.decay)
         total = self.counts_K.sum()

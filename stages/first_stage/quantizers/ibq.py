@@ -6,12 +6,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.first_stage.quantizers.base import Quantized, Quantizer, to_map, to_vectors
-from stages.first_stage.quantizers.entropy import entropy
+from stages.first_stage.quantizers.entropy import choice_entropy_loss, rows_at_once
 from stages.first_stage.quantizers.nearest import largest_product
-from stages.first_stage.quantizers.ranks import mean_over_ranks
 
 ENTROPY_TEMPERATURE = 0.01
-PROBABILITIES_AT_ONCE = 1 << 26
 
 
 class IndexQuantizer(Quantizer):
@@ -35,14 +33,13 @@ class IndexQuantizer(Quantizer):
     def quantize(self, z_BDHW: Tensor) -> Quantized:
         vectors_ND, codebook_KD = to_vectors(z_BDHW), self.embedding.weight.float()
         codes_N = largest_product(vectors_ND.detach(), codebook_KD.detach())
-        rows = max(1, PROBABILITIES_AT_ONCE // self.codebook_size)
-        parts = [
-            checkpoint(_choose, vectors, codes, codebook_KD, use_reentrant=False)
-            for vectors, codes in zip(vectors_ND.split(rows), codes_N.split(rows))
-        ]
-        chosen_ND = torch.cat([chosen for chosen, _, _ in parts])
-        per_vector = sum(total for _, total, _ in parts) / len(vectors_ND)
-        mean_K = mean_over_ranks(sum(p for _, _, p in parts) / len(vectors_ND))
+        rows = rows_at_once(self.codebook_size)
+        chosen_ND = torch.cat(
+            [
+                checkpoint(_choose, vectors, codes, codebook_KD, use_reentrant=False)
+                for vectors, codes in zip(vectors_ND.split(rows), codes_N.split(rows))
+            ]
+        )
         entries_ND = F.embedding(codes_N, codebook_KD)
         return Quantized(
             z_BDHW=to_map(chosen_ND, z_BDHW),
@@ -51,7 +48,9 @@ class IndexQuantizer(Quantizer):
                 "index": F.mse_loss(chosen_ND, vectors_ND),
                 "codebook": F.mse_loss(entries_ND, vectors_ND.detach()),
                 "commitment": F.mse_loss(vectors_ND, entries_ND.detach()),
-                "entropy": per_vector - entropy(mean_K),
+                "entropy": choice_entropy_loss(
+                    lambda rows_ND: rows_ND @ codebook_KD.t() / ENTROPY_TEMPERATURE, vectors_ND, self.codebook_size
+                ),
             },
             vectors_ND=vectors_ND.detach(),
         )
@@ -60,12 +59,8 @@ class IndexQuantizer(Quantizer):
         return "ibq", dict(self.state_dict())
 
 
-def _choose(vectors_ND: Tensor, codes_N: Tensor, codebook_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen entries with their index gradient (N, D); summed over the vectors, entropy () and probabilities (K,)."""
-    logits_NK = vectors_ND @ codebook_KD.t()
-    soft_NK = logits_NK.softmax(-1)
+def _choose(vectors_ND: Tensor, codes_N: Tensor, codebook_KD: Tensor) -> Tensor:
+    """Chosen entries with their index gradient, (N, D)."""
+    soft_NK = (vectors_ND @ codebook_KD.t()).softmax(-1)
     hard_NK = torch.zeros_like(soft_NK).scatter_(1, codes_N[:, None], 1.0)
-    chosen_ND = (hard_NK - soft_NK.detach() + soft_NK) @ codebook_KD
-    log_p_NK = (logits_NK / ENTROPY_TEMPERATURE).log_softmax(-1)
-    p_NK = log_p_NK.exp()
-    return chosen_ND, -(p_NK * log_p_NK).sum(), p_NK.sum(0)
+    return (hard_NK - soft_NK.detach() + soft_NK) @ codebook_KD

@@ -62,12 +62,18 @@ def kmeans(vectors_ND: Tensor, num_entries: int, num_iterations: int, is_spheric
     """
     entries_KD = spread(vectors_ND, num_entries)
     for _ in range(num_iterations if len(vectors_ND) > num_entries else 0):
-        codes_N = nearest(vectors_ND, entries_KD)
-        sums_KD = torch.zeros_like(entries_KD).index_add_(0, codes_N, vectors_ND)
-        counts_K = torch.bincount(codes_N, minlength=num_entries)[:, None]
-        entries_KD = torch.where(counts_K > 0, sums_KD / counts_K.clamp_min(1), entries_KD)
+        counts_K, sums_KD = totals(vectors_ND, nearest(vectors_ND, entries_KD), num_entries)
+        means_KD = sums_KD / counts_K.clamp_min(1)[:, None]
+        entries_KD = torch.where(counts_K[:, None] > 0, means_KD, entries_KD)
         entries_KD = F.normalize(entries_KD, dim=-1) if is_spherical else entries_KD
     return entries_KD
+
+
+def totals(vectors_ND: Tensor, codes_N: Tensor, num_entries: int) -> tuple[Tensor, Tensor]:
+    """Number (K,), int64, and sum (K, D) of the vectors of each code; the same bits on every call, on GPUs too."""
+    counts_K = torch.bincount(codes_N, minlength=num_entries)
+    sorted_ND = vectors_ND[codes_N.argsort(stable=True)]
+    return counts_K, torch.segment_reduce(sorted_ND, "sum", lengths=counts_K, initial=0.0)
 
 
 def spread(vectors_ND: Tensor, num: int) -> Tensor:

@@ -68,5 +68,5 @@ def _binary_shape(options: TokenizerOptions) -> tuple[int, int]:
 def _agree(key: str, given: int | None, implied: int, cause: str) -> None:
     if given is not None and given != implied:
         raise ConfigError(
-            f"tokenizer.{key} is {given}, but tokenizer.{cause} it {implied}. Leave tokenizer.{key} out, or change the other."
+            f"tokenizer.{key} is {given}, but tokenizer.{cause} it {implied}. Write tokenizer.{key}=null, or change the other."
         )

@@ -7,18 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.first_stage.quantizers.base import Quantized, Quantizer, to_map, to_vectors
+from stages.first_stage.quantizers.entropy import choice_entropy_loss
 from stages.first_stage.quantizers.gradients import GRADIENTS, straight_through
 from stages.first_stage.quantizers.nearest import kmeans, nearest, spread
 from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
 from stages.options import TokenizerTrainOptions
 
 KMEANS_ITERATIONS = 10
+ENTROPY_TEMPERATURE = 0.01
 
 
 class VectorQuantizer(Quantizer):
     """Nearest entry in Euclidean distance (van den Oord et al. 2017, eq. 3; CompVis `VectorQuantizer2`).
 
-    Losses: `codebook` |sg[z] - e|^2 moves the entries, `commitment` |z - sg[e]|^2 the encoder.
+    Losses: `codebook` |sg[z] - e|^2 moves the entries, `commitment` |z - sg[e]|^2 the encoder. With a weight for it also
+    `entropy`, mean entropy per vector minus entropy of the mean of softmax(-|z - e|^2 / 0.01) (LlamaGen, Sun et al. 2024).
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = ("embedding.weight",)
@@ -28,10 +31,12 @@ class VectorQuantizer(Quantizer):
         super().__init__(codebook_size, codebook_dim)
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         self.pass_gradient = straight_through
+        self.has_entropy = False
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
 
     def configure(self, options: TokenizerTrainOptions) -> None:
         self.pass_gradient = GRADIENTS[options.quantizer_gradient]
+        self.has_entropy = bool(options.entropy_weight)
 
     def codebook(self) -> Tensor:
         return self.embedding.weight.float()
@@ -54,7 +59,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(
             z_BDHW=to_map(self.pass_gradient(vectors_ND, entries_ND.detach()), z_BDHW),
             codes_BHW=to_map(codes_N, z_BDHW)[:, 0],
-            losses=self.losses(vectors_ND, entries_ND),
+            losses=self.losses(vectors_ND, entries_ND) | self._entropy(vectors_ND, codebook_KD),
             vectors_ND=vectors_ND.detach(),
         )
 
@@ -64,6 +69,16 @@ class VectorQuantizer(Quantizer):
             "codebook": F.mse_loss(entries_ND, vectors_ND.detach()),
             "commitment": F.mse_loss(vectors_ND, entries_ND.detach()),
         }
+
+    def _entropy(self, vectors_ND: Tensor, codebook_KD: Tensor) -> dict[str, Tensor]:
+        if not self.has_entropy:
+            return {}
+        squares_K = codebook_KD.square().sum(-1)  # |z|^2 is the same for every entry and left out
+
+        def logits_of(rows_ND: Tensor) -> Tensor:
+            return (2.0 * rows_ND @ codebook_KD.t() - squares_K) / ENTROPY_TEMPERATURE
+
+        return {"entropy": choice_entropy_loss(logits_of, vectors_ND, self.codebook_size)}
 
     def stored(self) -> tuple[str, dict[str, Tensor]]:
         return "vq", {"embedding.weight": self.codebook().detach()}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from quantizer_support import features, quantizer_of
 
-from stages.first_stage.quantizers import ibq
+from stages.first_stage.quantizers import entropy as module
 from stages.first_stage.quantizers.entropy import entropy
 
 
@@ -27,7 +27,7 @@ def plain(quantizer, z):
 
 @pytest.mark.parametrize("at_once", [1 << 26, 16 * 7])
 def test_values_and_gradients_are_the_published_ones(monkeypatch, at_once):
-    monkeypatch.setattr(ibq, "PROBABILITIES_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "PROBABILITIES_AT_ONCE", at_once)
     quantizer = quantizer_of("ibq")
     z = features(quantizer).requires_grad_()
     weight = torch.randn(z.shape)

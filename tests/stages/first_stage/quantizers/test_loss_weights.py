@@ -1,9 +1,10 @@
 """The weights of the quantizers' losses: explicit, by preset, never both."""
 
 import pytest
+from quantizer_support import features, quantizer_of
 
 from stages.errors import ConfigError
-from stages.first_stage.quantizers.loss_weights import LOSS_NAMES, loss_weights
+from stages.first_stage.quantizers.loss_weights import LOSS_NAMES, LOSSES_OF, check_losses, loss_weights
 from stages.options import TokenizerTrainOptions
 
 
@@ -26,3 +27,31 @@ def test_preset_and_weight_contradict_each_other():
     with pytest.raises(ConfigError, match=r"codebook_weight is 1.0, but tokenizer_train.loss_preset=compvis-legacy .* 0.25"):
         loss_weights(options)
     assert loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy", entropy_weight=0.5))["entropy"] == 0.5
+
+
+@pytest.mark.parametrize("kind", LOSSES_OF)
+def test_the_losses_of_a_kind_are_those_it_computes(kind):
+    quantizer = quantizer_of(kind)
+    quantizer.configure(TokenizerTrainOptions(entropy_weight=0.1))
+    assert set(quantizer(features(quantizer)).losses) == set(LOSSES_OF[kind])
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        ("fsq", {"commitment_weight": 0.5}, ["tokenizer_train.commitment_weight is 0.5", "quantizer=fsq", "none"]),
+        ("gumbel", {"entropy_weight": 0.5}, ["entropy_weight is 0.5", "quantizer=gumbel", "only: kl"]),
+        ("vq", {"kl_weight": 0.5}, ["kl_weight is 0.5", "only: codebook, commitment, entropy"]),
+        ("bsq", {"quantizer_gradient": "rotation"}, ["quantizer_gradient is rotation", "vq-l2", "quantizer is bsq"]),
+        ("vq", {"loss_preset": "compvis-legacy", "commitment_weight": 1.0}, ["commitment_weight is 1.0", "preset"]),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(kind, options, words):
+    with pytest.raises(ConfigError) as caught:
+        check_losses(kind, TokenizerTrainOptions(**options))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LOSSES_OF)
+def test_defaults_suit_every_kind(kind):
+    check_losses(kind, TokenizerTrainOptions())

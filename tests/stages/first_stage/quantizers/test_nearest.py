@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.first_stage.quantizers import nearest as module
-from stages.first_stage.quantizers.nearest import kmeans, largest_product, nearest, spread
+from stages.first_stage.quantizers.nearest import kmeans, largest_product, nearest, spread, totals
 
 
 @pytest.mark.parametrize("dim", [3, 8, 256])
@@ -65,6 +65,14 @@ def test_lloyd_only_lowers_the_error():
     vectors = torch.randn(500, 4)
     errors = [torch.cdist(vectors, kmeans(vectors, 20, n, False)).min(-1).values.square().sum() for n in range(5)]
     assert all(later < earlier for earlier, later in zip(errors, errors[1:]))
+
+
+def test_totals_by_code():
+    vectors, codes = torch.randn(50, 3), torch.randint(6, (50,)) * 2  # odd codes do not occur
+    counts, sums = totals(vectors, codes, 13)
+    for k in range(13):
+        assert counts[k] == (codes == k).sum()
+        torch.testing.assert_close(sums[k], vectors[codes == k].sum(0))
 
 
 def test_fewer_vectors_than_entries_are_all_kept_and_the_rest_lie_beside_them():

@@ -32,7 +32,7 @@ def test_given_or_implied(options, shape):
         ({"quantizer": "fsq", "fsq_levels": (64,) * 4}, ["fsq_levels is [64, 64, 64, 64]", "16777216", "1048576"]),
         (
             {"quantizer": "fsq", "fsq_levels": (8, 5), "codebook_size": 1024},
-            ["tokenizer.codebook_size is 1024", "fsq_levels=[8, 5] makes it 40", "Leave tokenizer.codebook_size out"],
+            ["tokenizer.codebook_size is 1024", "fsq_levels=[8, 5] makes it 40", "tokenizer.codebook_size=null"],
         ),
         (
             {"quantizer": "fsq", "fsq_levels": (8, 5), "codebook_dim": 8},

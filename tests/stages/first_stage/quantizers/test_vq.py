@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from quantizer_support import features, quantizer_of
 
+from stages.first_stage.quantizers.entropy import entropy
 from stages.options import TokenizerTrainOptions
 
 FREE = ["vq", "vq-l2"]
@@ -45,6 +46,16 @@ def test_each_loss_moves_its_own_side(free):
     free.zero_grad()
     free(z).losses["commitment"].backward()
     assert z.grad.abs().sum() > 0 and free.embedding.weight.grad is None
+
+
+def test_an_entropy_term_joins_where_it_has_a_weight(quantizer):
+    z = features(quantizer)
+    assert "entropy" not in quantizer(z).losses
+    quantizer.configure(TokenizerTrainOptions(entropy_weight=0.1))
+    vectors = quantizer.compared(z.permute(0, 2, 3, 1).reshape(-1, 4))
+    p_NK = (-torch.cdist(vectors, quantizer.codebook()).square() / 0.01).softmax(-1)
+    expected = entropy(p_NK).mean() - entropy(p_NK.mean(0))
+    torch.testing.assert_close(quantizer.eval()(z).losses["entropy"], expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_decoder_moves_no_entry(quantizer):

@@ -1,7 +1,7 @@
 """Tessera's one entry point: `python ray_job.py COMMAND …`, on a laptop, on a cluster, or inside `ray job submit`.
 
 Each command turns a configuration into the options of one function and calls it. Exit codes: 0 done, 1 failed or damaged,
-2 usage or configuration.
+2 usage or configuration, 3 a nightly found a regression.
 """
 
 import argparse
@@ -137,10 +137,19 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
     from pipeline.job_options import select
 
-    options = select(EvaluateOptions, checked_config(args), checkpoint=args.checkpoint)
+    config = checked_config(args)
+    options = select(EvaluateOptions, config, checkpoint=args.checkpoint)
     with connected():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
+        if args.compare:
+            from evaluation.compare import evaluate_and_compare
+
+            return evaluate_and_compare(options, args.compare)
+        if args.sweep:
+            from evaluation.sweep import sweep
+
+            return sweep(options, config.sweep)
         return evaluate(options).to_summary()
 
 
@@ -150,9 +159,10 @@ def run_nightly(args: argparse.Namespace) -> Any:
     from evaluation.nightly import nightly
     from pipeline.job_options import select
 
-    options = select(EvaluateOptions, checked_config(args))
+    config = checked_config(args)
+    options = select(EvaluateOptions, config)
     with connected():
-        return nightly(options)
+        return nightly(options, config.nightly)
 
 
 def run_inspect(args: argparse.Namespace) -> Any:
@@ -329,7 +339,10 @@ def build_parser() -> argparse.ArgumentParser:
         add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest")
     )
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
+    modes = evaluate.add_mutually_exclusive_group()
+    modes.add_argument("--verify", metavar="RECORD", help="recompute this record and say what differs")
+    modes.add_argument("--compare", metavar="RECORD", help="measure, and compare with this record")
+    modes.add_argument("--sweep", action="store_true", help="search for the best sampling options, see docs/nightly.md")
     configured(
         add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
     )

@@ -51,6 +51,7 @@ PATH_ARGUMENTS = {
     "tokenizer": "tokenizer",
     "checkpoint": "checkpoint",
     "verify": "--verify",
+    "compare": "--compare",
 }
 
 # Where a store is and how Ray and the collectives behave; who asks is not among them.

@@ -4,23 +4,11 @@ The text beside each field is its documentation: `docs/configuration.md` is made
 Only dataclasses live here, so that reading a configuration imports neither torch nor ray.
 """
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def option(
-    default: Any = MISSING,
-    text: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
-    metadata = {"text": text, "low": low, "high": high, "above": above}
-    if isinstance(default, dict | list):
-        raise TypeError("option defaults are immutable: use a tuple")
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+from stages.nightly_options import NightlyOptions, SweepOptions
+from stages.option_field import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +316,24 @@ class EvaluationOptions:
     )
     num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
     num_feature_actors: int = option(1, "Actors that compute features.", low=1)
+    batch_size: int = option(
+        32, "Images per work item, rounded up to whole sampling groups; no number depends on it.", low=1
+    )
+    cpus_per_actor: float | None = option(
+        None, "CPUs that Ray reserves per actor; one, or an equal share of fewer, if not given.", above=0.0
+    )
+    gpus_per_actor: float | None = option(
+        None, "GPUs per actor, a share of one or whole ones; one, or an equal share of fewer, if not given.", low=0.0
+    )
+    actor_resource: str | None = option(
+        None, "Custom Ray resource of which each actor takes one: on nodes that offer it, evaluations run, and only there."
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
+        "PACK", "How Ray places the actors on nodes."
+    )
+    start_timeout_seconds: float = option(
+        600.0, "How long to wait until the cluster has room for all actors at once; then it is an error.", above=0.0
+    )
     extractor: str = option(
         "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
     )
@@ -356,3 +362,5 @@ class Config:
     scaling: ScalingOptions = ScalingOptions()
     sampling: SamplingOptions = SamplingOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    nightly: NightlyOptions = NightlyOptions()
+    sweep: SweepOptions = SweepOptions()

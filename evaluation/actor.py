@@ -68,7 +68,8 @@ class Measurement:
         grids: PNG files by name: samples, real, reconstructions; `layouts` says by name what stands where in them.
         reference: the statistics the distances were measured against.
         num_unusable: held-out images that could not be decoded and were left out.
-        wall_seconds: by phase; sampling runs beside reference and holdout.
+        wall_seconds: by phase: `start` of the first actors, then `working`, in which sampling runs beside reference
+            and holdout, then `distance`.
     """
 
     metrics: dict[str, Estimate]
@@ -117,10 +118,15 @@ class EvaluationActor:
         Raises:
             TesseraError: actors keep dying, a file cannot be read, or too few real images can be used.
         """
+        begin = time.monotonic()
         try:
+            for pool in (self.samplers, self.features):
+                pool.release(pool.acquire())
+            self._seconds["start"] = time.monotonic() - begin
             samples, (stored, holdout) = in_parallel([self._samples, self._real_images], on_error=self._close)
         finally:
             self._close()
+        self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
         prefix = self.assignment.metric_prefix
         sets = {f"{prefix}_holdout": holdout.real, f"r{prefix}": holdout.reconstructed, f"g{prefix}": samples.features}
         begin = time.monotonic()

@@ -8,6 +8,7 @@ from cluster import checkpoints, run_log
 from cluster.tokenizer_loop import training_path
 from evaluation.compare import find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions
+from evaluation.labels import LABELS
 from evaluation.records import Record, list_records, write_rows
 from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures
@@ -61,9 +62,9 @@ def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoint
         summary |= {"Step": f"{commit.step:,}", "Training loss": f"{commit.train_loss:.3f} nats per code"}
     if records:
         metrics = records[-1].metrics
-        for name, label in (("gfd", "Distance of samples"), ("validation_nll", "Validation NLL, nats per code")):
+        for name in ("gfid", "gfd", "validation_nll"):
             if name in metrics:
-                summary[label] = f"{metrics[name]['value']:.3f}"
+                summary[LABELS[name]] = f"{metrics[name]['value']:.3f}"
     return summary
 
 

@@ -64,11 +64,8 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
         for candidate in find_candidates(options, settings.runs, settings.best):
             with _noting_failure(night, candidate.commit.path):
                 _visit(candidate, night, claims, deadline)
-        records = list_records(options.evaluation.path)
-        regressions = _new_regressions(options.evaluation.path, records, settings, claims)
-        page = storage.join(options.evaluation.path, PAGE)
-        title = f"Evaluation of {', '.join(settings.runs) or options.run.path}"
-        write_report(options, page, title, threshold=settings.regression_threshold)
+        regressions = _new_regressions(options.evaluation.path, settings, claims)
+        page = _render(options, settings)
         if regressions:
             with _noting_failure(night, "alert"):
                 _alert(options.evaluation.path, settings, regressions, page)
@@ -160,16 +157,29 @@ def _progress_until(deadline: float) -> Any:
     return progress
 
 
+def _render(options: EvaluateOptions, settings: NightlyOptions) -> str:
+    """Writes the page, again if records came in the meantime: a page of two nightlies at once has those of both."""
+    page = storage.join(options.evaluation.path, PAGE)
+    title = f"Evaluation of {', '.join(settings.runs) or options.run.path}"
+    shown: list[str] | None = None
+    while shown != (present := _record_paths(options.evaluation.path)):
+        write_report(options, page, title, threshold=settings.regression_threshold)
+        shown = present
+    return page
+
+
+def _record_paths(evaluation_path: str) -> list[str]:
+    return storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
+
+
 def _alert_path(evaluation_path: str, record: Record) -> str:
     return storage.join(evaluation_path, "alerts", f"{record.id}.json")
 
 
-def _new_regressions(
-    evaluation_path: str, records: list[Record], settings: NightlyOptions, claims: _Claims
-) -> list[Regression]:
+def _new_regressions(evaluation_path: str, settings: NightlyOptions, claims: _Claims) -> list[Regression]:
     """Of the newest record of every series, what got worse and was not told yet, nor is about to be told elsewhere."""
     found = []
-    for series in group_series(records):
+    for series in group_series(list_records(evaluation_path)):
         record = series[-1]
         regressions = find_regressions(series, settings.regression_threshold)
         if regressions and not claims.are_elsewhere(record.id):

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from evaluation_support import make_checkpoint, write_job
+from report_support import content
 
 from cluster import checkpoints
 from evaluation import nightly as nightly_module
@@ -39,6 +40,19 @@ def options(job, tmp_path):
     shutil.copytree(job.run.path, tmp_path / "run")
     evaluation = dataclasses.replace(job.evaluation, path=str(tmp_path / "evaluation"))
     return dataclasses.replace(job, run=RunOptions(path=str(tmp_path / "run")), evaluation=evaluation)
+
+
+def fabricate(options, progress=None):
+    """Stores what `evaluate` would, without measuring anything."""
+    preparation = prepare(options)
+    body = {**content(100, 90.0), **preparation.description, "identity": preparation.identity}
+    return write_record(options.evaluation.path, record_id(preparation.identity), body, {})
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Evaluations that cost nothing; everything around them is real."""
+    monkeypatch.setattr(nightly_module, "evaluate", fabricate)
 
 
 def add_checkpoint(options, step, run=None, **more):
@@ -78,7 +92,7 @@ def test_a_night_evaluates_what_is_new_tells_what_got_worse_and_only_once(option
     assert json.loads((tmp_path / "told").read_text()) == message, "told once"
 
 
-def test_a_hook_that_fails_is_an_error_and_is_tried_again(options, tmp_path):
+def test_a_hook_that_fails_is_an_error_and_is_tried_again(options, tmp_path, unmeasured):
     nightly(options, NightlyOptions())
     worse(list_records(options.evaluation.path)[0], step=3)
     failing = nightly(options, NightlyOptions(command="exit 9"))
@@ -104,7 +118,7 @@ def test_two_nightlies_at_once_leave_one_record_and_do_the_work_once(options, mo
     assert sorted(len(summary["evaluated"]) for summary in summaries) == [0, 1]
 
 
-def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken_over(options):
+def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken_over(options, unmeasured):
     commit = checkpoints.latest_commit(options.run.path)
     identifier = record_id(prepare(dataclasses.replace(options, checkpoint=commit.path)).identity)
     claim = take_claim(f"{options.evaluation.path}/claims", identifier, 600.0)
@@ -117,9 +131,10 @@ def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken
     assert nightly(options, NightlyOptions())["evaluated"] == [commit.path]
 
 
-def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(options):
-    stopped = nightly(options, NightlyOptions(time_budget_seconds=0.5))
+def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(options, monkeypatch):
+    stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
     assert len(stopped["out_of_time"]) == 1 and list_records(options.evaluation.path) == []
+    monkeypatch.setattr(nightly_module, "evaluate", fabricate)
     assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
     new = add_checkpoint(options, step=9, seed=1)
     assert nightly(options, NightlyOptions(time_budget_seconds=0.5))["out_of_time"] == [new.path]
@@ -144,7 +159,7 @@ def test_newest_and_best_of_every_run_are_found_with_their_own_inputs(options, t
     assert [c.commit.step for c in find_candidates(options, [], best=True)] == [7]
 
 
-def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options, tmp_path):
+def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options, tmp_path, unmeasured):
     good, bad = str(tmp_path / "runs" / "good"), str(tmp_path / "runs" / "bad")
     commits = [add_checkpoint(options, 5, run) for run in (good, bad)]
     os.truncate(os.path.join(commits[1].path, checkpoints.WEIGHTS), 100)

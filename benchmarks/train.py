@@ -234,7 +234,7 @@ def show(measured: dict[str, list[Measured]], num_rows: int, flop_per_row: int) 
             line += f", loader stall {median(repeats, 'data_share'):.3%}"
         print(line)
     for ours, theirs in RATIOS:
-        if measured[ours] and measured[theirs]:
+        if ours in measured and theirs in measured:
             # Neighbours in time are compared, so that a slow minute of the machine slows both.
             pairs = zip(measured[theirs], measured[ours])
             print(f"{ours} / {theirs}: {statistics.median(b.seconds / a.seconds for b, a in pairs):.2f}")

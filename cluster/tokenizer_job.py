@@ -21,8 +21,8 @@ from pipeline.views import apply_view
 from stages.config import to_dict, to_yaml
 from stages.errors import ArtefactError, BadImage, ConfigError
 from stages.first_stage.artefact import CONFIG
+from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
-from stages.first_stage.training import build_discriminator
 from stages.options import ImageOptions, SourceOptions
 
 logger = logging.getLogger(__name__)

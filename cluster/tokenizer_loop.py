@@ -15,10 +15,11 @@ import torch.distributed as dist
 from cluster import checkpoints
 from pipeline import storage
 from stages.errors import ConfigError
+from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_float
-from stages.first_stage.quantizer import usage
+from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, build_discriminator
+from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
 from stages.options import (
     ImageOptions,
@@ -159,20 +160,21 @@ class _Log:
         if step % train.log_every_steps == 0 or is_last:
             self._line(num_seen)
         if revives:
-            self._revive()
+            self.trainer.revive_dead_codes()
 
     def _line(self, num_seen: int) -> None:
         counts = self.trainer.code_counts_K.clone()
         if dist.get_world_size() > 1:
             dist.all_reduce(counts)
-        share, perplexity = usage(counts)
+        health = codebook_health(counts)
         means = {name: total / self.num_steps for name, total in self.sums.items()}
         seconds = time.monotonic() - self.started
         line = {
             "num_seen": num_seen,
             **means,
-            "codebook_usage": share,
-            "codebook_perplexity": perplexity,
+            "codebook_usage": health.usage,
+            "codebook_perplexity": health.perplexity,
+            "codebook_entropy": health.entropy,
             "seconds": seconds,
         }
         self.lines.append(line)
@@ -184,23 +186,12 @@ class _Log:
                 num_seen,
                 self.options.tokenizer_train.num_samples,
                 means["reconstruction"],
-                100 * share,
-                perplexity,
+                100 * health.usage,
+                health.perplexity,
                 rate,
                 (self.options.tokenizer_train.num_samples - num_seen) / rate,
                 f"  discriminator {means['discriminator']:.3f}" if "discriminator" in means else "",
             )
-
-    def _revive(self) -> None:
-        """Dead codes are those no rank used since the last revival; rank 0 chooses where they move."""
-        counts = self.trainer.code_counts_K
-        if dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-        quantizer = self.trainer.tokenizer.quantize
-        quantizer.revive(counts == 0, self.trainer.last_vectors_ND)
-        if dist.get_world_size() > 1:
-            dist.broadcast(quantizer.embedding.weight.data, src=0)
-        counts.zero_()
 
     def commit(self, step: int, num_seen: int) -> None:
         """Rank 0 saves the whole state (it is the same on every rank) and commits it."""

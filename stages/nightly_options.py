@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.option_field import option
+from stages.option import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ NORM_EPS = 1e-6
 class Norm(nn.GroupNorm):
     """GroupNorm whose statistics are computed in float32 whatever the autocast mode."""
 
-    def __init__(self, channels: int):
-        super().__init__(NUM_GROUPS, channels, eps=NORM_EPS)
+    def __init__(self, channels: int, num_groups: int = NUM_GROUPS, eps: float = NORM_EPS):
+        super().__init__(num_groups, channels, eps=eps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):

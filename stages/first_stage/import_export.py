@@ -89,7 +89,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, or the folder holds such files already.
+        ConfigError: no such format, none for this quantizer, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -99,6 +99,10 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
             raise ConfigError(f"output is {folder}, but {target} is there already. Choose another folder.")
     os.makedirs(folder, exist_ok=True)
     baked = tokenizer.baked()
+    if baked.config.quantizer != "vq":
+        raise ConfigError(
+            f"tokenizer.quantizer is {baked.config.quantizer}, but these formats only know nearest entries (vq). Keep the artefact itself."
+        )
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {
@@ -183,7 +187,7 @@ def _is_marker(marker: Any) -> bool:
 
 def _normalise_codebook(tokenizer: Tokenizer) -> None:
     """LlamaGen compares unit vectors; with a unit codebook the Euclidean nearest entry is the same one."""
-    weight = tokenizer.quantize.embedding.weight
+    weight = tokenizer.quantize.get_parameter("embedding.weight")
     # Dividing a unit vector by its rounded norm again would change its last bits.
     if not _is_unit(weight):
         weight.copy_(F.normalize(weight, dim=-1))

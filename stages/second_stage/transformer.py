@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
 from stages.second_stage.conditioning import open_conditioning
+from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate, swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +104,6 @@ def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, b
     return torch.cat([torch.zeros(num_prefix_tokens, 2 * num_pairs), angles])
 
 
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotates pairs (first half, second half) of the last dimension by the angles behind cos and sin."""
-    first, second = x_BHTD.chunk(2, dim=-1)
-    return torch.cat([first * cos_TD - second * sin_TD, first * sin_TD + second * cos_TD], dim=-1)
-
-
 class KVCache:
     """Keys and values of all layers in tensors of fixed size (layers, 2, B, H, T, D), filled from the left."""
 
@@ -139,34 +134,34 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         b, t, c = x_BTC.shape
-        q, k, v = self.qkv(x_BTC).view(b, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_BTC).view(b, t, 3, self.num_heads, c // self.num_heads).unbind(2)
         q = rotate(self.q_norm(q), cos_TD, sin_TD)
         k = rotate(self.k_norm(k), cos_TD, sin_TD)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         # One new position sees everything before it, so only a whole sequence needs the mask.
-        mixed_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        mixed_BHTD = attention(q, k, v, is_causal=t > 1)
         return self.out(mixed_BHTD.transpose(1, 2).reshape(b, t, c))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, ffn_size: int):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * ffn_size)
+        self.down = Linear(ffn_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -174,15 +169,16 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention_norm = RMSNorm(config.hidden_size)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.ffn_norm = RMSNorm(config.hidden_size)
         self.ffn = SwiGLU(config.hidden_size, config.ffn_size)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = config.residual_dropout
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cos_TD, sin_TD, cache, layer))
-        return x_BTC + self.dropout(self.ffn(self.ffn_norm(x_BTC)))
+        mixed_BTC = self.attention(self.attention_norm(x_BTC), cos_TD, sin_TD, cache, layer)
+        x_BTC = add_dropout(x_BTC, mixed_BTC, self.dropout, self.training)
+        return add_dropout(x_BTC, self.ffn(self.ffn_norm(x_BTC)), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -200,8 +196,8 @@ class Transformer(nn.Module):
         self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.norm = RMSNorm(config.hidden_size)
+        self.head = Linear(config.hidden_size, config.codebook_size)
         self.apply(self._initialize)
         nn.init.zeros_(self.head.weight)
 

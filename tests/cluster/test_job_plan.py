@@ -36,6 +36,7 @@ def test_derived_numbers():
         "views": 2,
         "rows": 2000,
         "codes per image": 64,
+        "codebook size": 1024,
         "bits per code": 10,
         "bytes per row": 80,
         "bytes of codes": 160_000,

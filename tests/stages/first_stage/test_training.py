@@ -7,9 +7,10 @@ import torch
 from tests_support import TINY_TOKENIZER
 
 from stages.errors import ConfigError
-from stages.first_stage.discriminator import PatchDiscriminator, smallest_image
+from stages.first_stage.discriminator import PatchDiscriminator, build_discriminator, smallest_image
 from stages.first_stage.tokenizer import Tokenizer
-from stages.first_stage.training import FirstStageTrainer, WeightAverage, build_discriminator
+from stages.first_stage.training import FirstStageTrainer
+from stages.first_stage.weight_average import WeightAverage
 from stages.options import TokenizerTrainOptions
 
 OPTIONS = TokenizerTrainOptions(
@@ -51,7 +52,7 @@ def test_discriminator_learns_before_its_term_is_switched_on():
 
 def test_generator_pass_leaves_no_gradient_on_the_discriminator():
     trainer = build()
-    trainer._discriminator_step = lambda *args: torch.zeros(())
+    trainer._discriminator_step = lambda *args: {}
     trainer.step(images(0), 0)
     assert all(p.grad is None and p.requires_grad for p in trainer.discriminator.parameters())
 

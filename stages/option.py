@@ -1,4 +1,4 @@
-"""What every options dataclass is made of: fields with their documentation and bounds."""
+"""How an option is declared: a dataclass field with its documentation and its bounds."""
 
 from dataclasses import MISSING, field
 from typing import Any

@@ -134,7 +134,9 @@ def run_sample(args: argparse.Namespace) -> Any:
 
 def run_evaluate(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
+    from evaluation.compare import evaluate_and_compare
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
+    from evaluation.sweep import sweep
     from pipeline.job_options import select
 
     config = checked_config(args)
@@ -143,12 +145,8 @@ def run_evaluate(args: argparse.Namespace) -> Any:
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
         if args.compare:
-            from evaluation.compare import evaluate_and_compare
-
             return evaluate_and_compare(options, args.compare)
         if args.sweep:
-            from evaluation.sweep import sweep
-
             return sweep(options, config.sweep)
         return evaluate(options).to_summary()
 
@@ -160,9 +158,8 @@ def run_nightly(args: argparse.Namespace) -> Any:
     from pipeline.job_options import select
 
     config = checked_config(args)
-    options = select(EvaluateOptions, config)
     with connected():
-        return nightly(options, config.nightly)
+        return nightly(select(EvaluateOptions, config), config.nightly)
 
 
 def run_inspect(args: argparse.Namespace) -> Any:

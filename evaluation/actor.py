@@ -217,9 +217,9 @@ class EvaluationActor:
         self._seconds[phase] = time.monotonic() - begin
 
     def _items(self, num_images: int) -> list[Item]:
-        """Ranges of whole sampling groups, about `batch_size` long."""
+        """Ranges of whole sampling groups, about `item_size` long."""
         group = self.assignment.sampling.group_size
-        size = group * math.ceil(self.assignment.evaluation.batch_size / group)
+        size = group * math.ceil(self.assignment.evaluation.item_size / group)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def _close(self) -> None:

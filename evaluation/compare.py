@@ -18,8 +18,9 @@ from stages.errors import ArtefactError
 SUBJECT = frozenset(
     {"checkpoint_hash", "tokenizer_fingerprint", "code_dataset_root_hash", "sampling", "seed", "metrics"}
 )
-LOWER_IS_BETTER = ("fd", "rfd", "gfd", "fid", "rfid", "gfid", "sfid", "kid", "cmmd", "lpips", "validation_nll", "mmd")
-HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim")
+DISTANCES = ("fd", "fid", "sfid", "kd", "kid", "cmmd")  # with g in front of samples, r of reconstructions
+LOWER_IS_BETTER = {*(prefix + name for name in DISTANCES for prefix in ("", "g", "r")), "validation_nll", "lpips"}
+HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +103,15 @@ def compare(before: Record, after: Record) -> list[Difference]:
 
 
 def direction(metric: str) -> int:
-    """1 where a higher value is worse, -1 where it is better, 0 where neither holds."""
-    stem = metric.partition("@")[0]
-    for names, sign in ((LOWER_IS_BETTER, 1), (HIGHER_IS_BETTER, -1)):
-        if any(stem == name or stem.startswith(name + "_") for name in names):
-            return sign
-    return 0
+    """1 where a higher value is worse, -1 where it is better, 0 where neither holds or is known.
+
+    What follows the name after `_` says which images and which extractor.
+    """
+
+    def is_one_of(names: set[str]) -> bool:
+        return any(metric == name or metric.startswith(name + "_") for name in names)
+
+    return int(is_one_of(LOWER_IS_BETTER)) - int(is_one_of(HIGHER_IS_BETTER))
 
 
 def _difference(metric: str, before: dict[str, Any], after: dict[str, Any]) -> Difference:

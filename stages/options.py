@@ -335,7 +335,7 @@ class EvaluationOptions:
     )
     num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
     num_feature_actors: int = option(1, "Actors that compute features.", low=1)
-    batch_size: int = option(
+    item_size: int = option(
         32, "Images per work item, rounded up to whole sampling groups; no number depends on it.", low=1
     )
     cpus_per_actor: float | None = option(

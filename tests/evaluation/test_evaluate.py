@@ -196,4 +196,4 @@ def wait_until_free():
 
 
 def test_a_record_verifies_on_other_actors_with_another_batch_size(record, options):
-    assert verify_record(record.path, with_evaluation(options, num_sampler_actors=2, batch_size=8)) == []
+    assert verify_record(record.path, with_evaluation(options, num_sampler_actors=2, item_size=8)) == []

@@ -77,7 +77,7 @@ def test_a_writer_killed_at_any_point_leaves_a_right_record_or_none(tmp_path):
 @pytest.fixture(scope="module")
 def options(ray_cluster, tmp_path_factory):
     options = write_job(tmp_path_factory.mktemp("kills"))
-    evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=1, batch_size=8)
+    evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=1, item_size=8)
     return dataclasses.replace(options, evaluation=evaluation)
 
 

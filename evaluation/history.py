@@ -8,7 +8,7 @@ from cluster import checkpoints, run_log
 from cluster.tokenizer_loop import training_path
 from evaluation.compare import find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions
-from evaluation.labels import LABELS
+from evaluation.labels import metric_label
 from evaluation.records import Record, list_records, write_rows
 from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures
@@ -64,7 +64,7 @@ def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoint
         metrics = records[-1].metrics
         for name in ("gfid", "gfd", "validation_nll"):
             if name in metrics:
-                summary[LABELS[name]] = f"{metrics[name]['value']:.3f}"
+                summary[metric_label(name)] = f"{metrics[name]['value']:.3f}"
     return summary
 
 

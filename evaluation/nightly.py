@@ -36,10 +36,10 @@ class BudgetSpent(TesseraError):
 
 @dataclass
 class Night:
-    """What became of every checkpoint, by path: new records, records that were there, and why the others have none."""
+    """What became of every checkpoint, by path: its new record, or the one that was there, or why it has none."""
 
-    evaluated: list[str] = field(default_factory=list)
-    present: list[str] = field(default_factory=list)
+    evaluated: dict[str, str] = field(default_factory=dict)
+    present: dict[str, str] = field(default_factory=dict)
     claimed_elsewhere: list[str] = field(default_factory=list)
     out_of_time: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,9 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
             with _noting_failure(night, candidate.commit.path):
                 _visit(candidate, night, claims, deadline)
         regressions = _new_regressions(options.evaluation.path, settings, claims)
-        page = _render(options, settings)
+        page = storage.join(options.evaluation.path, PAGE)
+        with _noting_failure(night, "page"):
+            _render(options, settings, page)
         if regressions:
             with _noting_failure(night, "alert"):
                 _alert(options.evaluation.path, settings, regressions, page)
@@ -121,20 +123,19 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, deadline: float)
     evaluation_path = options.evaluation.path
     preparation = prepare(options)
     identifier = record_id(preparation.identity)
-    if find_record(evaluation_path, identifier) is not None:
-        night.present.append(path)
+    if (record := find_record(evaluation_path, identifier)) is not None:
+        night.present[path] = record.path
     elif time.monotonic() + _expected_seconds(evaluation_path, options.evaluation.num_samples) > deadline:
         logger.warning("%s is left for another night: nightly.time_budget_seconds does not suffice", path)
         night.out_of_time.append(path)
     elif not claims.take(identifier):
         logger.info("%s is being evaluated by another nightly", path)
         night.claimed_elsewhere.append(path)
-    elif find_record(evaluation_path, identifier) is not None:  # between the look and the claim
-        night.present.append(path)
+    elif (record := find_record(evaluation_path, identifier)) is not None:  # between the look and the claim
+        night.present[path] = record.path
     else:
         try:
-            evaluate(options, _progress_until(deadline))
-            night.evaluated.append(path)
+            night.evaluated[path] = evaluate(options, _progress_until(deadline)).path
         except BudgetSpent as error:
             logger.warning("%s is left for another night: %s", path, error)
             night.out_of_time.append(path)
@@ -157,15 +158,13 @@ def _progress_until(deadline: float) -> Any:
     return progress
 
 
-def _render(options: EvaluateOptions, settings: NightlyOptions) -> str:
+def _render(options: EvaluateOptions, settings: NightlyOptions, page: str) -> None:
     """Writes the page, again if records came in the meantime: a page of two nightlies at once has those of both."""
-    page = storage.join(options.evaluation.path, PAGE)
     title = f"Evaluation of {', '.join(settings.runs) or options.run.path}"
     shown: list[str] | None = None
     while shown != (present := _record_paths(options.evaluation.path)):
         write_report(options, page, title, threshold=settings.regression_threshold)
         shown = present
-    return page
 
 
 def _record_paths(evaluation_path: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluation.charts import Bar, Series, bar_chart, line_chart, thin
 from evaluation.compare import Regression
-from evaluation.labels import LABELS, run_name, sampling_text
+from evaluation.labels import metric_label, run_name, sampling_text
 from evaluation.records import Record
 from evaluation.trends import trend_groups
 from evaluation.viewer import Pictures
@@ -179,7 +179,7 @@ def _distance_bars(record: Mapping[str, Any]) -> str:
 def _other_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     known = {name for _, names in DISTANCES for name in names}
     others = [(name, metric) for name, metric in record["metrics"].items() if name not in known]
-    return [(LABELS.get(name, name), _text(metric), f"{metric['num_samples']:,}") for name, metric in others]
+    return [(metric_label(name), _text(metric), f"{metric['num_samples']:,}") for name, metric in others]
 
 
 def _curve_chart(curve: Curve) -> dict[str, str]:
@@ -200,7 +200,7 @@ def _curve_chart(curve: Curve) -> dict[str, str]:
 def _regression_row(regression: Regression, links: Mapping[str, str]) -> dict[str, Any]:
     difference, record, best = regression.difference, regression.record, regression.best
     return {
-        "label": LABELS.get(difference.metric, difference.metric),
+        "label": metric_label(difference.metric),
         "run": run_name(record.run),
         "step": record.step,
         "value": _text(record.metrics[difference.metric]),
@@ -230,4 +230,4 @@ def _record_table(records: Sequence[Record], links: Mapping[str, str]) -> dict[s
                 "num_samples": f"{samples['num_samples']:,}" if samples else "–",
             }
         )
-    return {"heads": [LABELS.get(name, name) for name in names], "rows": rows}
+    return {"heads": [metric_label(name) for name in names], "rows": rows}

@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluation.charts import Series, line_chart
 from evaluation.compare import group_series, protocol
-from evaluation.labels import LABELS, ORDER, run_name, sampling_text
+from evaluation.labels import ORDER, metric_label, run_name, sampling_text
 from evaluation.records import Record
 
 NUM_COLOURS = 6
@@ -39,7 +39,7 @@ def _group(all_series: list[list[Record]]) -> dict[str, Any]:
         "num_left_out": len(all_series) - len(drawn),
         "charts": [
             {
-                "label": LABELS.get(metric, metric),
+                "label": metric_label(metric),
                 "steps": _chart(metric, drawn, names, over_time=False),
                 "nights": _chart(metric, drawn, names, over_time=True),
             }
@@ -72,7 +72,7 @@ def _chart(metric: str, all_series: Sequence[Sequence[Record]], names: Sequence[
             lines.append(Series(name if len(all_series) > 1 else "", x, y, errors, colour=colour + 1))
     start = datetime.datetime.fromtimestamp(first, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     label = f"{unit} since {start}" if over_time else "training step"
-    title = f"{LABELS.get(metric, metric)} over {'nights' if over_time else 'steps'}, {len(lines)} series"
+    title = f"{metric_label(metric)} over {'nights' if over_time else 'steps'}, {len(lines)} series"
     return line_chart(lines, title=title, x_label=label)
 
 

@@ -4,13 +4,19 @@ import os
 from pathlib import Path
 
 import torch
+from code_dataset_support import Recipe, replace_manifest
 from safetensors.torch import save_file
 
 from cluster.checkpoints import WEIGHTS, Commit, checkpoint_path, file_entry, write_commit
 from evaluation.evaluate import EvaluateOptions
 from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
-from pipeline.tokenize_images import TokenizeOptions, tokenize
+from pipeline.code_dataset.manifest import read_manifest
+from pipeline.encoding import numeric_mode
+from pipeline.probe import freeze_probe
+from pipeline.sources.scenes import Scenes
+from pipeline.tokenizers import open_tokenizer
+from pipeline.views import preprocessing_spec
 from stages.config import to_dict
 from stages.first_stage.artefact import save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
@@ -66,6 +72,7 @@ def make_checkpoint(run_path: str, dataset: CodeDataset, step: int = STEP, seed:
     content = {
         "step": step,
         "train_loss": 3.0,
+        "log": [],
         "root_hash": dataset.root_hash,
         "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
         "encoding": encoding_of(dataset.manifest),
@@ -76,12 +83,27 @@ def make_checkpoint(run_path: str, dataset: CodeDataset, step: int = STEP, seed:
     return write_commit(folder, content)
 
 
+def _write_codes(images: ImageOptions, tokenizer: TokenizerOptions, codes: CodesOptions) -> None:
+    """A code dataset that says it was made of scenes with this tokenizer; an evaluation reads nothing else of it."""
+    recipe = Recipe(num_images=22, bad_images=(), grid=GRID, codebook_size=CODEBOOK)
+    root, opened = recipe.write(codes.path), open_tokenizer(tokenizer.path)
+    manifest = read_manifest(root)
+    made_with = {
+        "class_names": list(Scenes.class_names),
+        "tokenizer": {"fingerprint": opened.fingerprint},
+        "preprocess": preprocessing_spec(images),
+        "encode": numeric_mode(codes),
+        "probe": freeze_probe(root, manifest["plan_fp"], opened, codes),
+    }
+    replace_manifest(root, manifest | made_with)
+
+
 def write_job(root: Path) -> EvaluateOptions:
-    """Writes tokenizer, code dataset and a run with one checkpoint below a folder. Ray must be connected."""
+    """Writes tokenizer, code dataset and a run with one checkpoint below a folder, as the jobs do but without Ray."""
     source, images = SourceOptions(num_images=60, num_holdout_images=48), ImageOptions(size=SIZE)
     tokenizer, codes = TokenizerOptions(path=str(root / "tokenizer")), CodesOptions(path=str(root / "codes"))
     make_tokenizer(tokenizer.path, seed=0)
-    tokenize(TokenizeOptions(source=source, images=images, tokenizer=tokenizer, codes=codes))
+    _write_codes(images, tokenizer, codes)
     make_checkpoint(str(root / "run"), CodeDataset.open(codes.path, verify=True))
     return EvaluateOptions(
         run=RunOptions(path=str(root / "run")),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import pytest
 from evaluation_support import make_checkpoint, write_job
@@ -23,11 +24,9 @@ from stages.errors import ArtefactError
 from stages.nightly_options import NightlyOptions
 from stages.options import RunOptions, TokenizerOptions
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="module")
-def job(ray_cluster, tmp_path_factory):
+def job(tmp_path_factory):
     """A tokenizer, its code dataset, and a run with one checkpoint; folders that tests copy."""
     options = write_job(tmp_path_factory.mktemp("nightly"))
     evaluation = dataclasses.replace(options.evaluation, num_samples=16, num_blocks=2, num_reference_images=20)
@@ -70,12 +69,13 @@ def worse(record: Record, step: int) -> Record:
     return write_record(folder, record_id(body["identity"]), body, {})
 
 
-def test_a_night_evaluates_what_is_new_tells_what_got_worse_and_only_once(options, tmp_path):
+@pytest.mark.ray
+def test_a_night_evaluates_what_is_new_tells_what_got_worse_and_only_once(ray_cluster, options, tmp_path):
     first = nightly(options, NightlyOptions())
-    assert (first["exit_code"], len(first["evaluated"]), first["present"]) == (0, 1, [])
+    assert (first["exit_code"], len(first["evaluated"]), first["present"]) == (0, 1, {})
     (record,) = list_records(options.evaluation.path)
     again = nightly(options, NightlyOptions())
-    assert (again["exit_code"], again["evaluated"], again["present"]) == (0, [], first["evaluated"])
+    assert (again["exit_code"], again["evaluated"], again["present"]) == (0, {}, first["evaluated"])
 
     worse(record, step=3)
     settings = NightlyOptions(command=f"cat >> {tmp_path}/told")
@@ -103,8 +103,13 @@ def test_a_hook_that_fails_is_an_error_and_is_tried_again(options, tmp_path, unm
 
 def test_two_nightlies_at_once_leave_one_record_and_do_the_work_once(options, monkeypatch):
     calls = []
-    evaluate = nightly_module.evaluate
-    monkeypatch.setattr(nightly_module, "evaluate", lambda *args: calls.append(args) or evaluate(*args))
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(0.5)  # so that they meet
+        return fabricate(*args)
+
+    monkeypatch.setattr(nightly_module, "evaluate", slow)
     summaries: list[dict] = []
     threads = [
         threading.Thread(target=lambda: summaries.append(nightly(options, NightlyOptions()))) for _ in range(2)
@@ -128,10 +133,11 @@ def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken
     claim.release()
     with open(os.path.join(options.evaluation.path, "claims", identifier, "000001.json"), "w") as file:
         json.dump({"owner": "gone", "renewed_at": 0.0, "is_released": False}, file)
-    assert nightly(options, NightlyOptions())["evaluated"] == [commit.path]
+    assert list(nightly(options, NightlyOptions())["evaluated"]) == [commit.path]
 
 
-def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(options, monkeypatch):
+@pytest.mark.ray
+def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(ray_cluster, options, monkeypatch):
     stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
     assert len(stopped["out_of_time"]) == 1 and list_records(options.evaluation.path) == []
     monkeypatch.setattr(nightly_module, "evaluate", fabricate)
@@ -164,7 +170,7 @@ def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options
     commits = [add_checkpoint(options, 5, run) for run in (good, bad)]
     os.truncate(os.path.join(commits[1].path, checkpoints.WEIGHTS), 100)
     found = nightly(options, NightlyOptions(runs=(str(tmp_path / "runs"),)))
-    assert found["evaluated"] == [commits[0].path] and found["exit_code"] == 1
+    assert list(found["evaluated"]) == [commits[0].path] and found["exit_code"] == 1
     assert list(found["failed"]) == [commits[1].path] and "damaged" in found["failed"][commits[1].path]
 
 

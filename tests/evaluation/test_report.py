@@ -11,6 +11,7 @@ import pytest
 from report_support import NAME, metric, pictures, record
 
 from evaluation.compare import find_regressions
+from evaluation.labels import metric_label
 from evaluation.records import Record
 from evaluation.report import Curve, ReportData, format_seconds, format_time, format_value, render_report
 from evaluation.viewer import gather_pictures
@@ -228,3 +229,18 @@ def test_durations(seconds, text):
 def test_times_are_shown_in_utc():
     assert format_time("2026-03-07T03:14:15.123+01:00") == "2026-03-07 02:14 UTC"
     assert format_time("last night") == "last night"
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("gfd", "Distance of samples"),
+        ("rfid", "FID of reconstructions"),
+        ("fd_holdout", "Distance of held-out images"),
+        ("gkd_dinov2_vitb14", "Kernel distance of samples (dinov2_vitb14)"),
+        ("psnr", "PSNR of reconstructions, dB"),
+        ("recall_reconstructions", "Recall reconstructions"),
+    ],
+)
+def test_metrics_are_named_in_words(name, label):
+    assert metric_label(name) == label

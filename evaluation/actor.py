@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from cluster.sampler_actor import SamplerActor
 from evaluation.estimates import Estimate
@@ -21,13 +22,13 @@ from evaluation.feature_actor import FeatureActor
 from evaluation.frechet import frechet_estimate
 from evaluation.pool import ActorPool, run_items
 from evaluation.reference import StoredReference, load_reference, store_reference
+from evaluation.resources import actor_options
 from evaluation.statistics import BlockStatistics
 from evaluation.tally import HoldoutTally, Item, SampleTally
 from pipeline.sources import Source
 from stages.errors import TesseraError
 from stages.options import EvaluationOptions, ImageOptions, SamplingOptions
 
-ITEM_IMAGES = 32
 DISTANCE_THREADS = 2
 
 
@@ -64,14 +65,16 @@ class Measurement:
 
     Attributes:
         metrics: estimates by name.
-        grids: PNG files by name: samples, real, reconstructions.
+        grids: PNG files by name: samples, real, reconstructions; `layouts` says by name what stands where in them.
         reference: the statistics the distances were measured against.
         num_unusable: held-out images that could not be decoded and were left out.
-        wall_seconds: by phase; sampling runs beside reference and holdout.
+        wall_seconds: by phase: `start` of the first actors, then `working`, in which sampling runs beside reference
+            and holdout, then `distance`.
     """
 
     metrics: dict[str, Estimate]
     grids: dict[str, bytes]
+    layouts: dict[str, dict[str, Any]]
     reference: StoredReference
     num_unusable: int
     wall_seconds: dict[str, float]
@@ -82,16 +85,17 @@ class EvaluationActor:
 
     Args:
         assignment: what to evaluate.
+        group: places for the sampler and feature actors, from `evaluation.resources.reserved`.
     """
 
-    def __init__(self, assignment: Assignment):
+    def __init__(self, assignment: Assignment, group: PlacementGroup):
         self.assignment = assignment
         self._done: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         options = assignment.evaluation
-        resources = actor_resources(options.num_sampler_actors + options.num_feature_actors)
-        feature_class = ray.remote(**resources)(FeatureActor)
-        sampler_class = ray.remote(**resources)(SamplerActor)
+        placed = actor_options(options, group)
+        feature_class = ray.remote(**placed)(FeatureActor)
+        sampler_class = ray.remote(**placed)(SamplerActor)
         a = assignment
         self.features = ActorPool(
             "feature",
@@ -114,10 +118,15 @@ class EvaluationActor:
         Raises:
             TesseraError: actors keep dying, a file cannot be read, or too few real images can be used.
         """
+        begin = time.monotonic()
         try:
+            for pool in (self.samplers, self.features):
+                pool.release(pool.acquire())
+            self._seconds["start"] = time.monotonic() - begin
             samples, (stored, holdout) = in_parallel([self._samples, self._real_images], on_error=self._close)
         finally:
             self._close()
+        self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
         prefix = self.assignment.metric_prefix
         sets = {f"{prefix}_holdout": holdout.real, f"r{prefix}": holdout.reconstructed, f"g{prefix}": samples.features}
         begin = time.monotonic()
@@ -128,6 +137,7 @@ class EvaluationActor:
         return Measurement(
             metrics={**distances, **holdout.estimates(self.assignment.num_codes)},
             grids={**samples.grids(), **holdout.grids()},
+            layouts={**samples.layouts(), **holdout.layouts()},
             reference=stored,
             num_unusable=holdout.num_unusable,
             wall_seconds=self._seconds,
@@ -207,31 +217,14 @@ class EvaluationActor:
         self._seconds[phase] = time.monotonic() - begin
 
     def _items(self, num_images: int) -> list[Item]:
-        """Ranges of whole sampling groups, about ITEM_IMAGES long."""
+        """Ranges of whole sampling groups, about `item_size` long."""
         group = self.assignment.sampling.group_size
-        size = group * math.ceil(ITEM_IMAGES / group)
+        size = group * math.ceil(self.assignment.evaluation.item_size / group)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def _close(self) -> None:
         self.features.close()
         self.samplers.close()
-
-
-def actor_resources(num_actors: int) -> dict[str, Any]:
-    """Ray options of each of `num_actors` actors: one CPU, and one GPU where there are any, or an equal share of too
-    few.
-
-    Calls may overtake each other: one whose images are still being drawn must not hold up the next.
-    """
-    total = ray.cluster_resources()
-    shares = {name: min(1.0, math.floor(100 * total.get(name, 0.0) / num_actors) / 100) for name in ("CPU", "GPU")}
-    return {
-        "num_cpus": shares["CPU"] or 1,
-        "num_gpus": shares["GPU"],
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "allow_out_of_order_execution": True,
-    }
 
 
 def in_parallel(functions: Sequence[Callable[[], Any]], on_error: Callable[[], None]) -> list[Any]:

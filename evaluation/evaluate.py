@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 
 from cluster.checkpoints import Commit, resolve_checkpoint
 from cluster.runtime import user_errors
@@ -20,13 +22,14 @@ from evaluation.extractors import Extractor, distance_name, open_extractor
 from evaluation.hashing import canonical_hash
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.reference import choose_images, images_identity, reference_key
+from evaluation.resources import reserved
 from pipeline import storage
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build, to_dict
-from stages.errors import ArtefactError, ConfigError
+from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import (
     CodesOptions,
@@ -41,6 +44,7 @@ from stages.options import (
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
+MAX_COORDINATORS = 3
 PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
 
 # Called about once a second with the images finished so far by phase (sampling, reference, holdout) and the totals of
@@ -107,6 +111,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
             "num_unusable": reference.num_unusable,
         },
         "num_unusable_holdout": measurement.num_unusable,
+        "layouts": measurement.layouts,
         "identity": preparation.identity,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
@@ -209,7 +214,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         codebook_size=tokenizer.codebook_size,
         num_codes=dataset.num_codes,
     )
-    description = _describe(options, commit, sampling, extractor)
+    description = {**_describe(options, commit, sampling, extractor), "class_names": list(dataset.class_names)}
     identity = {
         "checkpoint_hash": commit.hash,
         "tokenizer_fingerprint": commit.tokenizer_fingerprint,
@@ -277,14 +282,36 @@ def check_binding(
 
 
 def measure(assignment: Assignment, progress: Progress | None = None) -> Measurement:
-    """Runs an evaluation actor to its end and returns what it measured."""
-    actor: Any = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2).remote(assignment)
+    """Runs an evaluation actor to its end and returns what it measured.
+
+    If that actor itself is lost, another begins anew, up to MAX_COORDINATORS in all.
+
+    Raises:
+        TesseraError: actors keep dying, or the cluster has no room for them.
+    """
+    report = progress or log_progress()
+    with reserved(assignment.evaluation) as group:
+        for _ in range(MAX_COORDINATORS):
+            try:
+                return _measure(assignment, group, report)
+            except ActorDiedError as error:
+                if isinstance(error, RayTaskError):  # not this actor: it says so of another one
+                    raise
+                logger.warning("The evaluation actor died and begins anew: %s", str(error).splitlines()[0])
+    raise TesseraError(
+        f"The evaluation actor died {MAX_COORDINATORS} times, but a sound one does not. See the Ray logs for the reason; "
+        "most often memory ran out."
+    )
+
+
+def _measure(assignment: Assignment, group: PlacementGroup, report: Progress) -> Measurement:
+    remote = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2)
+    actor: Any = remote.remote(assignment, group)
     totals = {
         "sampling": assignment.evaluation.num_samples,
         "reference": len(assignment.reference_uris),
         "holdout": len(assignment.holdout_uris),
     }
-    report = progress or log_progress()
     try:
         with user_errors():
             result = actor.measure.remote()

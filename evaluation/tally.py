@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from evaluation.estimates import Estimate, assign_blocks, leave_one_out, mean_estimate, perplexity, usage
 from evaluation.grids import grid_positions, tiles_png
 from evaluation.statistics import BlockStatistics
+from pipeline.grids import default_columns
 from stages.errors import TesseraError
 
 Item = tuple[int, int]
@@ -38,12 +40,18 @@ class _Grid:
 
     def __init__(self, labels: np.ndarray, num_images: int):
         self.positions, self.columns = grid_positions(labels, num_images)
+        self._labels = labels
         self._wanted = np.sort(self.positions)
         self.tiles: dict[int, np.ndarray] = {}
 
     def tiles_in(self, item: Item) -> list[int]:
         first, last = np.searchsorted(self._wanted, item)
         return [int(position) - item[0] for position in self._wanted[first:last]]
+
+    def layout(self) -> dict[str, Any]:
+        """Where each tile stands: `num_columns`, and the class of every tile row by row (-1 where there is none)."""
+        columns = self.columns or default_columns(len(self.positions))
+        return {"num_columns": columns, "labels": self._labels[self.positions].tolist()}
 
     def add(self, item: Item, tiles: dict[int, np.ndarray]) -> None:
         self.tiles.update({item[0] + position: tile for position, tile in tiles.items()})
@@ -72,6 +80,10 @@ class SampleTally:
         """Adds the features float32 (n, d) and tiles of one item."""
         self.features.add(features, self._blocks[slice(*item)])
         self._grid.add(item, tiles)
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """Where the tiles of each grid stand."""
+        return {"samples": self._grid.layout()}
 
     def grids(self) -> dict[str, bytes]:
         """The grid of samples as PNG."""
@@ -139,6 +151,10 @@ class HoldoutTally:
             "validation_nll": mean_estimate(nll / num_codes),
             "validation_bits_per_image": mean_estimate(nll / math.log(2.0)),
         }
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """Where the tiles of each grid stand."""
+        return {name: self._grid.layout() for name in ("real", "reconstructions")}
 
     def grids(self) -> dict[str, bytes]:
         """The grids of real images and of their reconstructions, image by image in the same places."""

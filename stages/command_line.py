@@ -149,7 +149,10 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate = configured(add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
+    modes = evaluate.add_mutually_exclusive_group()
+    modes.add_argument("--verify", metavar="RECORD", help="recompute this record and say what differs")
+    modes.add_argument("--compare", metavar="RECORD", help="measure, and compare with this record")
+    modes.add_argument("--sweep", action="store_true", help="search for the best sampling options, see docs/nightly.md")
     configured(add("nightly", "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
     submit = add("submit", "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
     submit.add_argument(

@@ -7,8 +7,10 @@ Only dataclasses live here, so that reading a configuration imports neither torc
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.nightly_options import NightlyOptions, SweepOptions
 from stages.option import option
 from stages.quantizer_options import QuantizerOptions, QuantizerTrainOptions
+from stages.sampling_options import SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,28 +337,6 @@ class ScalingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How codes are drawn. A sample depends on the checkpoint, these options and its global index, nothing else."""
-
-    path: str = option("runs/samples", "Folder of the samples that `sample` writes.")
-    num_samples: int = option(64, "Samples that `sample` draws.", low=1)
-    weights: Literal["average", "last"] = option(
-        "average", "average: the averaged weights where the checkpoint has them; last: those of its step."
-    )
-    labels: tuple[int, ...] | None = option(None, "Classes to draw, cycled by sample index; all classes if not given.")
-    cfg_scale: float = option(1.0, "Classifier-free guidance; 1 turns it off.", low=0.0)
-    cfg_schedule: Literal["constant", "linear", "power-cosine"] = option(
-        "constant", "How guidance grows over the codes."
-    )
-    cfg_power: float = option(2.75, "Exponent of power-cosine (RAR, Yu et al. 2024).", above=0.0)
-    temperature: float = option(1.0, "Divides the logits.", above=0.0)
-    top_k: int | None = option(None, "Keep the k likeliest codes; all if not given.", low=1)
-    top_p: float = option(1.0, "Keep the smallest set of codes with this much probability.", above=0.0, high=1.0)
-    seed: int = option(0, "Seeds the draws.", low=0)
-    group_size: int = option(32, "Consecutive indices computed together, always whole, so shapes never change.", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """What is measured, on how many samples, against what."""
 
@@ -367,6 +347,24 @@ class EvaluationOptions:
     )
     num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
     num_feature_actors: int = option(1, "Actors that compute features.", low=1)
+    item_size: int = option(
+        32, "Images per work item, rounded up to whole sampling groups; no number depends on it.", low=1
+    )
+    cpus_per_actor: float | None = option(
+        None, "CPUs that Ray reserves per actor; one, or an equal share of fewer, if not given.", above=0.0
+    )
+    gpus_per_actor: float | None = option(
+        None, "GPUs per actor, a share of one or whole ones; one, or an equal share of fewer, if not given.", low=0.0
+    )
+    actor_resource: str | None = option(
+        None, "Custom Ray resource of which each actor takes one: on nodes that offer it, evaluations run, and only there."
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
+        "PACK", "How Ray places the actors on nodes."
+    )
+    start_timeout_seconds: float = option(
+        600.0, "How long to wait until the cluster has room for all actors at once; then it is an error.", above=0.0
+    )
     extractor: str = option(
         "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
     )
@@ -395,3 +393,5 @@ class Config:
     scaling: ScalingOptions = ScalingOptions()
     sampling: SamplingOptions = SamplingOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    nightly: NightlyOptions = NightlyOptions()
+    sweep: SweepOptions = SweepOptions()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.checkpoints import Commit, resolve_checkpoint
@@ -294,8 +294,9 @@ def measure(assignment: Assignment, progress: Progress | None = None) -> Measure
         for _ in range(MAX_COORDINATORS):
             try:
                 return _measure(assignment, group, report)
-            except ActorDiedError as error:
-                if isinstance(error, RayTaskError):  # not this actor: it says so of another one
+            except RayActorError as error:
+                # A RayTaskError is what this actor says of another one.
+                if isinstance(error, RayTaskError) or error.actor_init_failed:
                     raise
                 logger.warning("The evaluation actor died and begins anew: %s", str(error).splitlines()[0])
     raise TesseraError(

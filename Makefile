@@ -22,7 +22,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.bench
-	for name in frechet loader memory restart tokenize; do $(VENV)/bench/bin/python benchmarks/$$name.py || exit 1; done
+	for part in "evaluation.py speed" loader.py memory.py restart.py tokenize.py; do \
+		$(VENV)/bench/bin/python benchmarks/$$part || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
 $(VENV)/.base: setup.cfg pyproject.toml
@@ -36,8 +37,10 @@ $(VENV)/.base: setup.cfg pyproject.toml
 $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
+# torch-fidelity, an oracle of tests (tests/fidelity_support.py), comes without its dependencies and off every import path.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oracles torch-fidelity==0.4.0
 	touch $@
 
 # On top of .venv and not in it: torchmetrics imports transformers wherever it finds it. mosaicml-streaming comes without

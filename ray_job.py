@@ -137,11 +137,24 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
     from pipeline.job_options import select
 
-    options = select(EvaluateOptions, checked_config(args), checkpoint=args.checkpoint)
+    checkpoint = None if args.tokenizer else args.checkpoint
+    options = select(EvaluateOptions, checked_config(args), checkpoint=checkpoint)
     with connected():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
         return evaluate(options).to_summary()
+
+
+def run_reference(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connected
+    from evaluation.make_reference import make_references
+    from evaluation.reference_job import ReferenceOptions
+    from pipeline.job_options import select
+    from pipeline.storage import absolute
+
+    options = select(ReferenceOptions, checked_config(args))
+    with connected():
+        return make_references(options, absolute(args.output) if args.output else None)
 
 
 def run_nightly(args: argparse.Namespace) -> Any:
@@ -329,7 +342,17 @@ def build_parser() -> argparse.ArgumentParser:
         add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest")
     )
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
+    evaluate.add_argument("--tokenizer", action="store_true", help="measure the tokenizer at tokenizer.path alone")
     evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
+    reference = configured(
+        add(
+            "reference",
+            run_reference,
+            "Computes the statistics that sets of images are measured against.",
+            "-c configs/imagenet.yaml --output imagenet-256.npz evaluation.metrics=[fid,sfid]",
+        )
+    )
+    reference.add_argument("--output", metavar="FILE", help="also write them as an .npz that pytorch-fid and ADM read")
     configured(
         add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
     )

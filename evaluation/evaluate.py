@@ -1,8 +1,9 @@
-"""The `evaluate` job: one checkpoint, one record."""
+"""The `evaluate` job: one checkpoint, or one tokenizer alone, one record."""
 
 import dataclasses
 import datetime
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -18,8 +19,11 @@ from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
 from evaluation.extractors import Extractor, distance_name, open_extractor
 from evaluation.hashing import canonical_hash
+from evaluation.metrics import MetricPlan, plan_metrics
 from evaluation.records import Record, find_record, read_record, record_id, write_record
-from evaluation.reference import choose_images, images_identity, reference_key
+from evaluation.reference import choose_images, images_identity
+from evaluation.reference_job import ReferenceOptions, prepare_references
+from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline import storage
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
@@ -41,6 +45,8 @@ from stages.options import (
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
+CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
+ALL_SETS = (SAMPLES, RECONSTRUCTIONS, HOLDOUT)
 PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
 
 # Called about once a second with the images finished so far by phase (sampling, reference, holdout) and the totals of
@@ -53,7 +59,7 @@ class EvaluateOptions:
     """The sections that `evaluate` takes.
 
     Attributes:
-        checkpoint: a checkpoint's folder, or "latest" of `run.path`.
+        checkpoint: a checkpoint's folder, or "latest" of `run.path`; None measures the tokenizer alone.
         seed: seed of the draws; `sampling.seed` if not given.
     """
 
@@ -64,7 +70,7 @@ class EvaluateOptions:
     codes: CodesOptions
     sampling: SamplingOptions
     evaluation: EvaluationOptions
-    checkpoint: str = "latest"
+    checkpoint: str | None = "latest"
     seed: int | None = None
 
 
@@ -78,13 +84,13 @@ class Preparation:
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Record:
-    """Measures one checkpoint and stores the record, or returns the record of the same evaluation if there is one.
+    """Measures a checkpoint or tokenizer and stores the record, or returns that of the same evaluation if there is one.
 
     Ray must be connected.
 
     Raises:
         ArtefactError: checkpoint, code dataset and tokenizer do not belong together, or one is missing or damaged.
-        ConfigError: no such extractor or source, no held-out images, or too few samples for the error bars.
+        ConfigError: no such metric, extractor or source, no held-out images, or too few samples for the error bars.
         TesseraError: actors keep dying, images cannot be read, or the store lets two writers of one key both win.
     """
     begin = time.monotonic()
@@ -96,16 +102,12 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
         return present
     storage.check_conditional_put(options.evaluation.path)
     measurement = measure(preparation.assignment, progress)
-    reference = measurement.reference
+    references = {"/".join(key): stored.to_dict() for key, stored in measurement.references.items()}
     content = {
         "metrics": {name: estimate.to_dict() for name, estimate in measurement.metrics.items()},
         **preparation.description,
-        "reference": {
-            "key": reference.key,
-            "sha256": reference.sha256,
-            "n": reference.reference.statistics.n,
-            "num_unusable": reference.num_unusable,
-        },
+        "reference": next(iter(references.values()), {}),
+        "references": references,
         "num_unusable_holdout": measurement.num_unusable,
         "identity": preparation.identity,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -156,11 +158,13 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     """`options` with everything that decides the numbers taken from the record."""
     content = record.content
     kept = {"path": options.sampling.path, "num_samples": options.sampling.num_samples}
+    evaluation = {**to_dict(options.evaluation), **content["evaluation"]}
+    checkpoint = content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint
     return dataclasses.replace(
         options,
         sampling=build(SamplingOptions, {**content["sampling"], **kept}, "sampling."),
-        evaluation=dataclasses.replace(options.evaluation, **content["evaluation"]),
-        checkpoint=content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint,
+        evaluation=build(EvaluationOptions, evaluation, "evaluation."),
+        checkpoint=checkpoint if content["subject"] == CHECKPOINT else None,
         seed=content["seed"],
     )
 
@@ -173,16 +177,16 @@ def prepare(options: EvaluateOptions) -> Preparation:
             f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
             f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
         )
-    commit = resolve_checkpoint(options.checkpoint, options.run.path)
-    dataset = CodeDataset.open(options.codes.path, verify=False)
+    commit = resolve_checkpoint(options.checkpoint, options.run.path) if options.checkpoint is not None else None
     tokenizer = open_tokenizer(options.tokenizer.path)
     source = open_source(options.source, images)
-    check_binding(options, commit, dataset, tokenizer, source)
-    extractor = open_extractor(evaluation.extractor, evaluation.extractor_resolution)
+    if commit is not None:
+        check_binding(options, commit, CodeDataset.open(options.codes.path, verify=False), tokenizer, source)
+    plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
+    extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
     sampling = dataclasses.replace(
         options.sampling, seed=options.sampling.seed if options.seed is None else options.seed
     )
-    training = choose_images(source.list_images("train"), evaluation.num_reference_images)
     holdout = choose_images(source.list_images("holdout"), evaluation.num_samples)
     if holdout.num_rows < evaluation.num_samples:
         logger.warning(
@@ -192,46 +196,48 @@ def prepare(options: EvaluateOptions) -> Preparation:
             evaluation.num_samples,
             holdout.num_rows,
         )
-    key = reference_key(images_identity(options.source, images, training), extractor.fingerprint)
+    deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
+    references = prepare_references(deciding, source, plan, extractors)
     assignment = Assignment(
-        checkpoint_path=commit.path,
+        checkpoint_path=commit.path if commit is not None else None,
         tokenizer_path=options.tokenizer.path,
         sampling=sampling,
         images=images,
         evaluation=evaluation,
         source=source,
-        reference_key=key,
-        reference_uris=training["uri"].to_pylist(),
+        plan=plan,
+        widths={key: extractors[key[0]].outputs[key[1]] for key in plan.features()},
+        references=references.given,
+        reference_keys=references.keys,
+        reference_uris=references.uris,
         holdout_uris=holdout["uri"].to_pylist(),
         holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
-        num_features=extractor.num_features,
-        metric_prefix=extractor.metric_prefix,
         codebook_size=tokenizer.codebook_size,
-        num_codes=dataset.num_codes,
+        num_codes=math.prod(tokenizer.grid(images.size)),
     )
-    description = _describe(options, commit, sampling, extractor)
+    subject = _describe_checkpoint(commit, sampling) if commit is not None else _describe_tokenizer(options, tokenizer)
+    description = {**subject, **_describe(options, plan, extractors)}
+    paths = ("checkpoint", "step")
     identity = {
-        "checkpoint_hash": commit.hash,
-        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
-        "code_dataset_root_hash": commit.root_hash,
-        "sampling": description["sampling"],
-        "metrics": f"{extractor.metric_prefix}, psnr, codebook, likelihood",
-        "extractor_fingerprint": extractor.fingerprint,
+        **{name: value for name, value in subject.items() if name not in paths},
+        "metrics": plan.names(),
+        "extractor_fingerprints": {name: extractor.fingerprint for name, extractor in extractors.items()},
         "num_samples": evaluation.num_samples,
         "num_blocks": evaluation.num_blocks,
-        "seed": sampling.seed,
-        "reference_key": key,
+        "reference_keys": {
+            **{"/".join(key): stored.key for key, stored in references.given.items()},
+            **{"/".join(key): value for key, value in references.keys.items()},
+        },
         "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
     }
+    if any(plan.is_pairwise(key) for key in plan.features()):
+        identity["num_pairwise_images"] = evaluation.num_pairwise_images
     return Preparation(assignment=assignment, identity=identity, description=description)
 
 
-def _describe(
-    options: EvaluateOptions, commit: Commit, sampling: SamplingOptions, extractor: Extractor
-) -> dict[str, Any]:
-    """What a record says besides its numbers and where they came from."""
-    deciding = ("num_samples", "num_reference_images", "extractor", "extractor_resolution", "num_blocks")
+def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str, Any]:
     return {
+        "subject": CHECKPOINT,
         "checkpoint": commit.path,
         "checkpoint_hash": commit.hash,
         "step": commit.step,
@@ -239,11 +245,44 @@ def _describe(
         "code_dataset_root_hash": commit.root_hash,
         "sampling": {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")},
         "seed": sampling.seed,
+    }
+
+
+def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """As of a checkpoint, so that a history of both can be read in one way; the tokenizer's folder stands for it."""
+    return {
+        "subject": TOKENIZER,
+        "checkpoint": options.tokenizer.path,
+        "checkpoint_hash": tokenizer.fingerprint,
+        "step": 0,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "sampling": {},
+        "seed": 0,
+    }
+
+
+def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, Extractor]) -> dict[str, Any]:
+    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are of the first metric."""
+    deciding = (
+        "num_samples",
+        "num_reference_images",
+        "metrics",
+        "extractor",
+        "extractor_resolution",
+        "num_blocks",
+        "num_pairwise_images",
+    )
+    first = extractors[plan.features()[0][0]] if plan.sets else None
+    return {
         "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
-        "distance": distance_name(extractor),
-        "extractor": extractor.name,
-        "extractor_resize": extractor.resize,
-        "extractor_fingerprint": extractor.fingerprint,
+        "distance": distance_name(first) if first else None,
+        "extractor": first.name if first else None,
+        "extractor_resize": first.resize if first else None,
+        "extractor_fingerprint": first.fingerprint if first else None,
+        "extractors": {
+            name: {"name": each.name, "resize": each.resize, "fingerprint": each.fingerprint}
+            for name, each in extractors.items()
+        },
         "images": to_dict(options.images),
         "source": to_dict(options.source),
     }
@@ -280,7 +319,7 @@ def measure(assignment: Assignment, progress: Progress | None = None) -> Measure
     """Runs an evaluation actor to its end and returns what it measured."""
     actor: Any = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2).remote(assignment)
     totals = {
-        "sampling": assignment.evaluation.num_samples,
+        "sampling": assignment.evaluation.num_samples if assignment.checkpoint_path else 0,
         "reference": len(assignment.reference_uris),
         "holdout": len(assignment.holdout_uris),
     }

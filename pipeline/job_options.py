@@ -33,5 +33,5 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
 
 def section_paths(section: Any) -> dict[str, str]:
     """The paths that a section of the configuration names, by key."""
-    names = ("path", "holdout_path", "cache_path", "validation_path")
+    names = ("path", "holdout_path", "cache_path", "validation_path", "weights_path", "reference_path")
     return {name: getattr(section, name) for name in names if getattr(section, name, None)}

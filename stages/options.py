@@ -328,12 +328,29 @@ class EvaluationOptions:
     )
     num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
     num_feature_actors: int = option(1, "Actors that compute features.", low=1)
+    metrics: tuple[str, ...] = option(
+        ("fd", "psnr", "ssim", "codebook", "likelihood"),
+        "Names from evaluation.metrics.METRICS; NAME@EXTRACTOR measures on another extractor than the one below.",
+    )
     extractor: str = option(
         "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
     )
-    extractor_resolution: int = option(
-        224, "Side to which images are resized for the extractor; part of the metric's name.", low=32
+    extractor_resolution: int | None = option(
+        None,
+        "Side to which images are resized for that extractor, part of the metric's name; the network's own if not given.",
+        low=32,
     )
+    weights_path: str = option(
+        "~/.cache/tessera/weights", "Folder of pretrained weights under their published names. Local or s3://."
+    )
+    download_weights: bool = option(False, "Fetch weights that are not there from where their authors publish them.")
+    reference_path: str | None = option(
+        None, "Statistics to measure against (.npz of pytorch-fid or ADM) in place of those of the training images."
+    )
+    num_pairwise_images: int = option(
+        10_000, "Images of each set for metrics that compare images one by one (kd, cmmd, precision …).", low=16
+    )
+    batch_size: int = option(32, "Images per call of an extractor. Changes the speed, not the numbers.", low=1)
     num_blocks: int = option(10, "Blocks of the jackknife that gives the standard errors.", low=2)
     num_grid_images: int = option(64, "Images per grid on the report page.", low=1)
 

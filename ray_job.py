@@ -8,11 +8,11 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
+from stages import command_line
+from stages.command_line import parse
 from stages.config import load_config, to_dict
 from stages.errors import ConfigError, TesseraError
 from stages.options import Config
@@ -52,7 +52,7 @@ def run_plan(args: argparse.Namespace) -> Any:
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.tokenizer_job import train_tokenizer
-    from cluster.tokenizer_loop import TokenizerJobOptions
+    from cluster.tokenizer_options import TokenizerJobOptions
     from pipeline.job_options import select
 
     options = select(TokenizerJobOptions, checked_config(args))
@@ -62,15 +62,28 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
 
 def run_import_tokenizer(args: argparse.Namespace) -> Any:
     from pipeline.storage import absolute, check_reachable
-    from pipeline.tokenizers import local_weights, store_tokenizer
+    from pipeline.tokenizers import local_weights, open_project, store_tokenizer
     from stages.first_stage.import_export import import_tokenizer
 
     output = absolute(args.output)
     check_reachable("file", args.file)
     check_reachable("output", output)
     with local_weights(args.file) as file:
-        tokenizer = import_tokenizer(file, args.format)
+        tokenizer = import_tokenizer(file, args.format, open_project(args.config), args.part)
     return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
+
+
+def run_import_transformer(args: argparse.Namespace) -> Any:
+    from cluster.import_run import ImportTransformerOptions, import_transformer
+    from pipeline.storage import absolute, check_reachable
+
+    names = [field.name for field in dataclasses.fields(ImportTransformerOptions)]
+    given = {name: getattr(args, name) for name in names}
+    for name in ("output", "tokenizer", "condition_tokenizer"):
+        given[name] = given[name] and absolute(given[name])
+    for name in ("file", "output", "tokenizer"):
+        check_reachable(name, given[name])
+    return import_transformer(ImportTransformerOptions(**given))
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
@@ -231,162 +244,29 @@ def run_submit(args: argparse.Namespace) -> Any:
     )
 
 
+COMMANDS = {
+    "demo": run_demo,
+    "plan": run_plan,
+    "train-tokenizer": run_train_tokenizer,
+    "import-tokenizer": run_import_tokenizer,
+    "import-transformer": run_import_transformer,
+    "export-tokenizer": run_export_tokenizer,
+    "tokenize": run_tokenize,
+    "inspect": run_inspect,
+    "verify": run_verify,
+    "train": run_train,
+    "export": run_export,
+    "sample": run_sample,
+    "evaluate": run_evaluate,
+    "reference": run_reference,
+    "nightly": run_nightly,
+    "submit": run_submit,
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="ray_job.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  python ray_job.py {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("--json", action="store_true", help="print one JSON summary as the last line of stdout")
-        command.set_defaults(run=run)
-        return command
-
-    def configured(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        command.add_argument(
-            "-c",
-            "--config",
-            required=True,
-            action="append",
-            metavar="CONFIG",
-            help="YAML file, see docs/configuration.md; given again, its keys go over those of the files before",
-        )
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="merged on top of the files")
-        return command
-
-    demo = add("demo", run_demo, "Everything once, small, in minutes.", "--output demo_output")
-    demo.add_argument("--output", default="demo_output", help="folder for all artefacts and the report")
-    demo.add_argument("--source", default="scenes", help="scenes, fashion-mnist, or a folder of images")
-    plan = configured(
-        add(
-            "plan",
-            run_plan,
-            "Checks a configuration and prints what follows from it.",
-            "-c configs/imagenet.yaml -c configs/models/llamagen-b.yaml --gpu H100",
-        )
-    )
-    plan.add_argument(
-        "--gpu", metavar="NAME", help="A100, H100, H200, B200 or L40S: hours, and whether memory suffices"
-    )
-    plan.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the GPU's peak that the run reaches (%(default)s)"
-    )
-    plan.add_argument("--hours", type=float, help="how fast the run must be to take so long")
-    configured(add("train-tokenizer", run_train_tokenizer, "Trains the VQGAN.", "-c configs/demo.yaml"))
-    importer = add(
-        "import-tokenizer",
-        run_import_tokenizer,
-        "Makes a tokenizer of published weights.",
-        "last.ckpt --output runs/tokenizer",
-    )
-    importer.add_argument("file", help="a checkpoint file, or a diffusers folder")
-    importer.add_argument("--format", default="auto", choices=["auto", "compvis", "llamagen", "diffusers"])
-    importer.add_argument("--output", required=True, help="folder of the new tokenizer")
-    tokenizer_exporter = add(
-        "export-tokenizer", run_export_tokenizer, "The way back.", "runs/tokenizer --format diffusers --output exported"
-    )
-    tokenizer_exporter.add_argument("tokenizer", help="folder of a tokenizer")
-    tokenizer_exporter.add_argument("--format", required=True, choices=["compvis", "llamagen", "diffusers"])
-    tokenizer_exporter.add_argument("--output", required=True, help="folder for the weights")
-    tokenize = configured(
-        add(
-            "tokenize",
-            run_tokenize,
-            "Turns images into a code dataset.",
-            "-c configs/demo.yaml codes.path=s3://bucket/codes",
-        )
-    )
-    tokenize.add_argument("--gc", action="store_true", help="only delete what dead attempts left in codes.path")
-    inspect = add(
-        "inspect",
-        run_inspect,
-        "Shows what a code dataset holds.",
-        "runs/codes --tokenizer runs/tokenizer --output runs/inspection",
-    )
-    inspect.add_argument("path", help="folder of a code dataset")
-    inspect.add_argument("--tokenizer", metavar="PATH", help="decodes rows for the picture; needs --output")
-    inspect.add_argument("--output", metavar="DIR", help="folder for codebook.csv and, with --tokenizer, rows.png")
-    verify = add("verify", run_verify, "Checks any artefact to the last byte.", "runs/codes")
-    verify.add_argument("path", help="tokenizer, code dataset, run, checkpoint or evaluation record")
-    configured(
-        add(
-            "train",
-            run_train,
-            "Trains the transformer; resumes by itself.",
-            "-c configs/demo.yaml train.num_steps=2000",
-        )
-    )
-    exporter = add(
-        "export",
-        run_export,
-        "Writes a checkpoint's weights for inference as safetensors.",
-        "runs/default/checkpoints/step-000010000-5f2c… --output exported",
-    )
-    exporter.add_argument("checkpoint", help="folder of a checkpoint, of any world size and ZeRO stage")
-    exporter.add_argument("--output", required=True, help="folder for transformer.safetensors and config.json")
-    exporter.add_argument(
-        "--weights", default="average", choices=["average", "last"], help="averaged, where it has them"
-    )
-    exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    sample = configured(add("sample", run_sample, "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
-    sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate = configured(
-        add("evaluate", run_evaluate, "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest")
-    )
-    evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
-    evaluate.add_argument("--tokenizer", action="store_true", help="measure the tokenizer at tokenizer.path alone")
-    evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
-    reference = configured(
-        add(
-            "reference",
-            run_reference,
-            "Computes the statistics that sets of images are measured against.",
-            "-c configs/imagenet.yaml --output imagenet-256.npz evaluation.metrics=[fid,sfid]",
-        )
-    )
-    reference.add_argument("--output", metavar="FILE", help="also write them as an .npz that pytorch-fid and ADM read")
-    configured(
-        add("nightly", run_nightly, "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml")
-    )
-    submit = add("submit", run_submit, "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
-    submit.add_argument(
-        "--address",
-        default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"),
-        metavar="URL",
-        help="dashboard of the head, http://HEAD:8265; RAY_API_SERVER_ADDRESS if not given",
-    )
-    submit.add_argument("--job-id", metavar="NAME", help="name of the job; made up if not given")
-    submit.add_argument("--no-wait", action="store_true", help="return once the job is submitted")
-    submit.add_argument("--follow", metavar="NAME", help="follow a job that is there already, without submitting one")
-    submit.add_argument("--python", default="python", metavar="PATH", help="the interpreter on the head")
-    submit.add_argument(
-        "--retry-seconds",
-        type=float,
-        default=60.0,
-        metavar="N",
-        help="how long a lost connection is tried to be regained",
-    )
-    submit.add_argument("command_line", nargs=argparse.REMAINDER, help="a ray_job.py command with its arguments")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parses the command line; overrides may stand anywhere after the command."""
-    args, rest = parser.parse_known_args(arguments)
-    strays = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(args, "overrides")]
-    if strays:
-        parser.error(f"unrecognized arguments: {' '.join(strays)}")
-    if rest:
-        args.overrides += rest
-    return args
+    """The command line of all commands."""
+    return command_line.build_parser(__doc__ or "", COMMANDS)
 
 
 def main(arguments: list[str] | None = None) -> int:

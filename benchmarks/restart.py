@@ -93,7 +93,7 @@ def under_fire(cluster: Cluster, run: str, minutes: float, kill_every: float) ->
     """Kills a worker now and then, and prints the share of the time that went into steps that lasted."""
     first, began, waits = len(read_metrics(run)), time.time(), []
     while time.time() - began < 60 * minutes:
-        time.sleep(kill_every)
+        time.sleep(max(0.0, began + kill_every * (len(waits) + 1) - time.time()))
         killed = time.time()
         cluster.train_worker(random.randrange(2)).kill()
         wait_until(lambda: bool(steps_after(run, killed + 3)), "a step after the kill", seconds=300)

@@ -5,12 +5,13 @@ python benchmarks/train.py [section.key=value …] [--num-threads 2 1] [--num-ro
 Every measurement is a process of its own, one after the other, and all of them take turns; figures are medians over the repeats.
 
 original     the GPT of Taming Transformers with its AdamW groups, fp32, in a plain loop; with dropout 0.1, as its configurations of
-             scenes have it, and without, as its other ones. It needs `pip install --no-deps taming-transformers-rom1504==0.0.6`.
+             scenes have it, and without, as its other ones.
 bare loop    the same transformer as shipped and fused AdamW in a plain loop; with bf16, fp32 master weights and moments. Gradients
              are clipped as shipped.
-as shipped   `cluster.train_loop`: loader, DeepSpeed ZeRO 1, checks, logs, live views; no commit in the steps that count.
+as shipped   `cluster.train_loop`: loader, DeepSpeed ZeRO 1, checks, logs, live views.
 
-Codes are random, and in memory but for the run as shipped. The last 2 of a run's steps and the first 2 do not count.
+Codes are random, and in memory but for the run as shipped. With train.checkpoint_every_seconds=60, and enough steps, that one commits
+while it is measured. The last 2 of a run's steps and the first 2 do not count.
 """
 
 import sys
@@ -26,7 +27,6 @@ import os
 import statistics
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from benchmarks.loader import CODEBOOK_SIZE, GRID, write_dataset
 from cluster.estimates import row_flop
 from cluster.peak_flops import measured_peak_flops
-from cluster.step_timer import DATA
+from cluster.step_timer import CHECKPOINT, DATA
 from cluster.train_loop import train_worker
 from cluster.train_metrics import read_metrics
 from cluster.train_options import TrainJobOptions
@@ -85,11 +85,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Median seconds of a step, the share of them spent waiting for data, and the peak FLOP/s in the same process."""
+    """Median seconds of a step, the shares of all seconds that went into waiting, and the peak FLOP/s in the same process."""
 
     seconds: float
-    data_share: float
     peak_flops: float
+    data_share: float = 0.0
+    checkpoint_share: float = 0.0
 
 
 def transformer_of(setting: Setting) -> TransformerConfig:
@@ -105,7 +106,7 @@ def measure_loop(setting: Setting, steps: Iterator[float]) -> Measured:
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
     peak = measured_peak_flops(DTYPES[setting.precision], setting.num_threads)
-    return Measured(seconds=statistics.median(seconds[NUM_WARM_UP:]), data_share=0.0, peak_flops=peak)
+    return Measured(seconds=statistics.median(seconds[NUM_WARM_UP:]), peak_flops=peak)
 
 
 def random_codes(setting: Setting) -> Iterator[Tensor]:
@@ -117,13 +118,12 @@ def random_codes(setting: Setting) -> Iterator[Tensor]:
 def original(setting: Setting, folder: str) -> Measured:
     """The original's GPT: the condition's token, then all codes but the last."""
     torch.set_num_threads(setting.num_threads)
-    # It imports a sampling function that transformers no longer has, and that training does not use.
-    sys.modules["transformers"] = types.SimpleNamespace(top_k_top_p_filtering=None)  # type: ignore[assignment]
-    from taming.modules.transformer.mingpt import GPT
+    sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tests"))
+    from oracles import taming
 
     dropouts = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), setting.dropout)
     sizes = {"n_layer": NUM_LAYERS, "n_head": NUM_HEADS, "n_embd": HIDDEN_SIZE}
-    model = GPT(CODEBOOK_SIZE, NUM_CODES, **sizes, **dropouts)
+    model = taming("modules.transformer.mingpt").GPT(CODEBOOK_SIZE, NUM_CODES, **sizes, **dropouts)
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     others = [p for p in model.parameters() if not any(p is weight for weight in decayed)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -184,9 +184,11 @@ def as_shipped(setting: Setting, folder: str) -> Measured:
     train_worker(select_sections(TrainJobOptions, setting.config(folder)), setting.num_threads)
     dist.destroy_process_group()
     lines = read_metrics(f"{folder}/run")[NUM_WARM_UP:-NUM_COOL_DOWN]
+    total = sum(line["seconds"] for line in lines)
     return Measured(
         seconds=statistics.median(line["seconds"] for line in lines),
-        data_share=sum(line["part_seconds"][DATA] for line in lines) / sum(line["seconds"] for line in lines),
+        data_share=sum(line["part_seconds"][DATA] for line in lines) / total,
+        checkpoint_share=sum(line["part_seconds"][CHECKPOINT] for line in lines) / total,
         peak_flops=measured_peak_flops(DTYPES[setting.precision], setting.num_threads),
     )
 
@@ -232,9 +234,10 @@ def show(measured: dict[str, list[Measured]], num_rows: int, flop_per_row: int) 
             line += f", {num_rows * flop_per_row / seconds / peak:.1%} of {peak / 1e9:.0f} GFLOP/s"
         if name.startswith("as shipped"):
             line += f", loader stall {median(repeats, 'data_share'):.3%}"
+            line += f", checkpoint stall {median(repeats, 'checkpoint_share'):.3%}"
         print(line)
     for ours, theirs in RATIOS:
-        if measured[ours] and measured[theirs]:
+        if ours in measured and theirs in measured:
             # Neighbours in time are compared, so that a slow minute of the machine slows both.
             pairs = zip(measured[theirs], measured[ours])
             print(f"{ours} / {theirs}: {statistics.median(b.seconds / a.seconds for b, a in pairs):.2f}")

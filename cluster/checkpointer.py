@@ -1,4 +1,4 @@
-"""Saves an engine while it trains: the ranks write their parts, publish them beside the training, and rank 0 commits."""
+"""Saves a training of either stage while it goes on: ranks write their parts, publish them beside the steps, and rank 0 commits."""
 
 import logging
 import os
@@ -11,15 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from cluster import checkpoints, universal
-from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
-from cluster.deepspeed_engine import gather_weights
-from cluster.optimizer_slices import gather_state, owned_slices
+from cluster import checkpoints
 from pipeline import storage
 from stages.errors import StorageError
-from stages.second_stage.optimizer import WEIGHT_AVERAGE
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +32,22 @@ class Checkpointer:
     Args:
         run_path: of the run.
         attempt: unique to this group of processes.
-        engine: DeepSpeed's.
-        saves_average: whether the optimizer keeps averaged weights.
+        save: writes this rank's part of the state into a local folder; where the run is local, all ranks get the same.
+        device: for collectives.
         keep_alive: called while `finish` waits for a slow store, as long as all ranks live.
     """
 
     def __init__(
-        self, run_path: str, attempt: str, engine: Any, *, saves_average: bool, keep_alive: Callable[[], None]
+        self,
+        run_path: str,
+        attempt: str,
+        save: Callable[[str], None],
+        *,
+        device: torch.device,
+        keep_alive: Callable[[], None],
     ):
-        self.run_path, self.attempt, self.engine, self.saves_average = run_path, attempt, engine, saves_average
-        self.keep_alive = keep_alive
+        self.run_path, self.attempt, self.device, self.keep_alive = run_path, attempt, device, keep_alive
+        self._save = save
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-publisher")
         self._published: Future[Entries] | None = None
@@ -83,17 +84,6 @@ class Checkpointer:
             self._save(folder)
         dist.barrier()
         self._published = self._publisher.submit(self._publish, folder, self._path, is_local)
-
-    def _save(self, folder: str) -> None:
-        engine, stage = self.engine, self.engine.zero_optimization_stage()
-        extra = {universal.PARAMETER_NAMES: [owned.name for owned in owned_slices(engine)]} if stage == 0 else {}
-        engine.save_checkpoint(folder, tag=SHARDS, client_state=extra, save_latest=False)
-        weights = gather_weights(engine, self.rank, stage)
-        averages = gather_state(engine, WEIGHT_AVERAGE) if self.saves_average else {}
-        if self.rank == 0:
-            save_file(weights, os.path.join(folder, WEIGHTS))
-        if averages:
-            save_file(averages, os.path.join(folder, AVERAGES))
 
     def _publish(self, folder: str, path: str, is_local: bool) -> Entries:
         """Syncs (local) or uploads (remote) this rank's share of the files and returns their entries."""
@@ -141,7 +131,7 @@ class Checkpointer:
     def _wait_for_all(self, published: Future[Entries]) -> None:
         """Until every rank has published. Ranks meet every second, so that one that died is noticed, and a slow store is no hang."""
         while True:
-            is_done = torch.tensor(float(published.done()), device=self.engine.device)
+            is_done = torch.tensor(float(published.done()), device=self.device)
             dist.all_reduce(is_done, dist.ReduceOp.MIN)
             self.keep_alive()
             if is_done.item():

@@ -44,8 +44,13 @@ class Commit:
         return self.content["step"]
 
     @property
-    def root_hash(self) -> str:
-        """Root hash of the code dataset it was trained on."""
+    def is_imported(self) -> bool:
+        """Whether it holds another project's weights and nothing else."""
+        return "imported" in self.content
+
+    @property
+    def root_hash(self) -> str | None:
+        """Root hash of the code dataset it was trained on; None of an imported one."""
         return self.content["root_hash"]
 
     @property
@@ -53,8 +58,8 @@ class Commit:
         return self.content["tokenizer_fingerprint"]
 
     @property
-    def train_loss(self) -> float:
-        """Loss of the last step, in nats per code."""
+    def train_loss(self) -> float | None:
+        """Loss of the last step, in nats per code; None of an imported one."""
         return self.content["train_loss"]
 
     def has(self, name: str) -> bool:
@@ -169,6 +174,12 @@ def list_commits(run_path: str) -> list[Commit]:
         except FileNotFoundError:  # pruned by the training job since it was listed
             pass
     return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
+
+
+def newest_commit(run_path: str) -> Commit | None:
+    """The commit of the highest step, its files unchecked; None when there is none."""
+    commits = list_commits(run_path)
+    return commits[-1] if commits else None
 
 
 def latest_commit(run_path: str) -> Commit | None:

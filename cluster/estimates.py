@@ -43,8 +43,9 @@ def row_flop(config: TransformerConfig) -> int:
     causal (Chowdhery et al. 2022, appendix B). An embedding is looked up and costs nothing; what activation checkpointing computes
     again does not count.
     """
-    attention = 12 * config.num_layers * config.hidden_size * config.num_codes**2
-    return 6 * sum(matrix_sizes(config)) * config.num_codes + attention
+    *blocks, head = matrix_sizes(config)
+    attention = 12 * config.num_layers * config.hidden_size * config.num_positions**2
+    return 6 * (sum(blocks) * config.num_positions + head * config.num_codes) + attention
 
 
 def steps_per_second(flop_per_step: float, num_gpus: int, gpu: Gpu, mfu: float) -> float:
@@ -55,16 +56,21 @@ def steps_per_second(flop_per_step: float, num_gpus: int, gpu: Gpu, mfu: float) 
 def matrix_sizes(config: TransformerConfig) -> list[int]:
     """Elements of every weight that decays, which is the larger of the two optimizer groups: those of the linear layers."""
     c = config.hidden_size
-    block = [3 * c * c, c * c, 2 * c * config.ffn_size, c * config.ffn_size]
+    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
+    block = [3 * c * c, c * c, inner * c, c * config.ffn_size]
     return config.num_layers * block + [config.codebook_size * c]
 
 
 def other_sizes(config: TransformerConfig) -> list[int]:
-    """Elements of every other parameter: embeddings and norms."""
+    """Elements of every other parameter: embeddings, norms and biases."""
     c = config.hidden_size
-    block = [c, c] + [config.head_size, config.head_size] * config.qk_norm
-    prefix = (config.num_classes + 1 if config.conditioning == "class" else 1) * c
-    return config.num_layers * block + [c, prefix, config.codebook_size * c]
+    norm = [c, c] if config.norm == "layer" else [c]
+    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
+    block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
+    prefix = (1 if config.conditioning == "none" else config.num_classes + 1) * c
+    is_learned = config.positions == "learned"
+    positions = [config.num_positions * c] * is_learned
+    return config.num_layers * block + norm + [prefix, config.codebook_size * c, *positions]
 
 
 def activation_bytes(

@@ -1,20 +1,20 @@
-"""What a run has done, as one rank keeps it between commits and as a commit tells it."""
+"""What a training run of either stage has done, as one rank keeps it between commits and as a commit tells it."""
 
 import os
 from typing import Any
 
 from cluster import checkpoints, run_log
 from cluster.spikes import NUM_STEPS_BEFORE
-from cluster.train_options import TrainJobOptions
-from pipeline.binding import encoding_of
-from pipeline.code_dataset import CodeDataset
-from pipeline.order import SAMPLER_VERSION, batch_index, skip_batches
-from stages.config import to_dict
-from stages.second_stage.transformer import TransformerConfig
+from pipeline.order import batch_index, skip_batches
 
 
 class History:
     """Steps made, batches left out and faults undone.
+
+    Args:
+        run_path: of the run.
+        skip_batches: global batches up to an offending one that are left out.
+        facts: what else a commit says that does not change from step to step; with a `sampler`, to which step and gaps are added.
 
     Attributes:
         step: optimizer steps made.
@@ -25,8 +25,8 @@ class History:
         recent_losses: of the last steps, for telling a spike.
     """
 
-    def __init__(self, options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig):
-        self._options, self._dataset, self._config = options, dataset, config
+    def __init__(self, run_path: str, skip_batches: int, facts: dict[str, Any]):
+        self._run_path, self._skip_batches, self._facts = run_path, skip_batches, facts
         self.step = 0
         self.parent: checkpoints.Commit | None = None
         self.skipped: tuple[tuple[int, int], ...] = ()
@@ -40,7 +40,7 @@ class History:
         self.step, self.parent, self.records = commit.step, commit, []
         self.skipped = tuple((start, stop) for start, stop in content["sampler"]["skipped"])
         self.events = content["events"]
-        log = run_log.read_tail(self._options.run.path, content["log"], NUM_STEPS_BEFORE)
+        log = run_log.read_tail(self._run_path, content["log"], NUM_STEPS_BEFORE)
         self.recent_losses = [record["loss"] for record in log]
 
     def append(self, record: dict[str, Any]) -> None:
@@ -49,11 +49,16 @@ class History:
         self.records.append(record)
         self.recent_losses = [*self.recent_losses, record["loss"]][-NUM_STEPS_BEFORE:]
 
+    def take_records(self) -> list[dict[str, Any]]:
+        """The records since the last checkpoint, for the one that is started now."""
+        records, self.records = self.records, []
+        return records
+
     def undo(self, commit: checkpoints.Commit, record: dict[str, Any], fault: str) -> dict[str, Any]:
         """Goes back to a commit and leaves out the batches up to the one of a faulty step. Returns the event."""
         skipped, events = self.skipped, self.events
         stop = record["batch"] + 1
-        start = max(batch_index(commit.step, skipped), stop - self._options.train.skip_batches)
+        start = max(batch_index(commit.step, skipped), stop - self._skip_batches)
         event = {"step": record["step"], "batch": record["batch"], "fault": fault, "back_to": commit.step}
         event["skips"] = [start, stop]
         self.restore(commit)
@@ -66,37 +71,21 @@ class History:
         attempt: str,
         records: list[dict[str, Any]],
         measured: dict[str, float],
-        world_size: int,
         files: list[dict[str, Any]],
     ) -> dict[str, Any]:
         """What COMMIT.json says of the checkpoint after `step` steps, of which `records` are new; stores their log segment."""
-        options, parent = self._options, self.parent
+        facts, parent = self._facts, self.parent
         previous = run_log.EMPTY_HASH if parent is None else parent.content["sample_log_hash"]
-        segment = run_log.write_segment(options.run.path, f"step-{step:09d}-{attempt}", records)
+        segment = run_log.write_segment(self._run_path, f"step-{step:09d}-{attempt}", records)
         return {
+            **facts,
             "step": step,
             "attempt": attempt,
             "parent": None if parent is None else os.path.basename(parent.path),
             "train_loss": records[-1]["loss"],
             "measured": measured,
             "events": self.events,
-            "codes_path": options.codes.path,
-            "root_hash": self._dataset.root_hash,
-            "tokenizer_fingerprint": self._dataset.tokenizer_fingerprint,
-            "encoding": encoding_of(self._dataset.manifest),
-            "world_size": world_size,
-            "zero_stage": options.deepspeed.zero_stage,
-            "precision": options.train.precision,
-            "sampler": {
-                "version": SAMPLER_VERSION,
-                "seed": options.run.seed,
-                "global_batch_size": options.train.global_batch_size,
-                "step": step,
-                "window": options.train.shuffle_window,
-                "skipped": [list(batches) for batches in self.skipped],
-            },
-            "transformer": to_dict(self._config),
-            "options": to_dict(options),
+            "sampler": {**facts["sampler"], "step": step, "skipped": [list(batches) for batches in self.skipped]},
             "log": ([] if parent is None else parent.content["log"]) + [segment],
             "sample_log_hash": run_log.chain(previous, records),
             "files": files,

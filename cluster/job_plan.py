@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.estimates import GPUS, USABLE_MEMORY, rank_memory, row_flop, steps_per_second
+from cluster.tokenizer_options import check_networks
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
 from pipeline.loader import num_micro_batches
@@ -12,7 +13,6 @@ from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.tokenizer import tokenizer_config
-from stages.first_stage.training import build_discriminator
 from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
@@ -26,16 +26,15 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
-    tokenizer_config(config.tokenizer, config.images)
-    build_discriminator(config.tokenizer_train, config.images.channels, config.images.size)
+    codebook_size = check_networks(config.tokenizer, config.tokenizer_train, config.images)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
     _check_offloading(config.deepspeed)
     _check_retention(config.train)
-    bits = num_bits(config.tokenizer.codebook_size)
+    bits = num_bits(codebook_size)
     if bits > MAX_CODE_BITS:
         raise ConfigError(
-            f"tokenizer.codebook_size is {config.tokenizer.codebook_size}, which needs {bits} bits per code, but the codes column holds at "
+            f"tokenizer.codebook_size is {codebook_size}, which needs {bits} bits per code, but the codes column holds at "
             f"most {MAX_CODE_BITS}. Use at most {1 << MAX_CODE_BITS}."
         )
     if len(config.optim.betas) != 2:
@@ -123,7 +122,7 @@ def derive(
     steps_per_epoch = math.ceil(num_images / train.global_batch_size)
     memory = {size: _memory(config, transformer, size, gpu) for size in world_sizes}
     groups = {
-        "code dataset": _code_dataset(config, num_images, transformer.num_codes),
+        "code dataset": _code_dataset(config, num_images, transformer),
         "transformer": {
             "parameters": num_parameters(transformer),
             "FLOP per step": flop_per_step,
@@ -173,14 +172,15 @@ def _by_size(world_sizes: list[int], value: Callable[[int], Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _code_dataset(config: Config, num_images: int, num_codes: int) -> dict[str, Any]:
-    num_views, bits = len(expand_views(config.images.views)), num_bits(config.tokenizer.codebook_size)
-    row_bytes = bytes_per_row(num_codes, bits)
+def _code_dataset(config: Config, num_images: int, transformer: TransformerConfig) -> dict[str, Any]:
+    num_views, bits = len(expand_views(config.images.views)), num_bits(transformer.codebook_size)
+    row_bytes = bytes_per_row(transformer.num_codes, bits)
     return {
         "images": num_images,
         "views": num_views,
         "rows": num_images * num_views,
-        "codes per image": num_codes,
+        "codes per image": transformer.num_codes,
+        "codebook size": transformer.codebook_size,
         "bits per code": bits,
         "bytes per row": row_bytes,
         "bytes of codes": row_bytes * num_images * num_views,

@@ -5,6 +5,7 @@ import time
 import torch
 
 from cluster.estimates import GPUS
+from stages.second_stage.operations import linear
 
 # Dense bf16 matrix products, by how the name of a CUDA device begins (NVIDIA's data sheets). The longest that fits counts.
 GPU_PEAK_FLOPS = {f"NVIDIA {name}": gpu.peak_flop for name, gpu in GPUS.items()} | {
@@ -30,8 +31,9 @@ def gpu_peak_flops(name: str) -> float | None:
     return GPU_PEAK_FLOPS[max(known, key=len)] if known else None
 
 
+@torch.no_grad()
 def measured_peak_flops(dtype: torch.dtype, num_threads: int) -> float:
-    """FLOP/s of the fastest of the square matrix products that this CPU does in 0.2 s.
+    """FLOP/s of the fastest of the square matrix products that a linear layer does on this CPU in 0.2 s.
 
     Ranks that share a machine must measure at the same time, as they will compute at the same time.
 
@@ -43,10 +45,10 @@ def measured_peak_flops(dtype: torch.dtype, num_threads: int) -> float:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        torch.mm(factor, factor)  # the first product also prepares the kernel
+        linear(factor, factor)  # the first product also prepares the kernel
         fastest, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
         while (start := time.perf_counter()) < end:
-            torch.mm(factor, factor)
+            linear(factor, factor)
             fastest = min(fastest, time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads_before)

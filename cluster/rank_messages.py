@@ -1,6 +1,7 @@
-"""What ranks tell each other once per step, in one collective."""
+"""What ranks tell each other: once per step in one collective, and single values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,3 +40,10 @@ def exchange(message: RankMessage, device: torch.device) -> list[RankMessage]:
 def _unpacked(values: list[float]) -> RankMessage:
     loss, high, low, *flags = values
     return RankMessage(loss, (int(high) << 32) | int(low), *(bool(flag) for flag in flags))
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

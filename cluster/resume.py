@@ -14,6 +14,7 @@ from cluster import checkpoints, universal
 from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
 from cluster.train_options import TrainJobOptions
 from pipeline import storage
+from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
 from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
@@ -21,6 +22,29 @@ from stages.errors import ArtefactError
 from stages.second_stage.transformer import TransformerConfig
 
 logger = logging.getLogger(__name__)
+
+
+def commit_facts(
+    options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig, world_size: int
+) -> dict[str, Any]:
+    """What every commit of a run says of what it was made from and with; `check_resumable` and readers of checkpoints ask for it."""
+    return {
+        "codes_path": options.codes.path,
+        "root_hash": dataset.root_hash,
+        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
+        "encoding": encoding_of(dataset.manifest),
+        "world_size": world_size,
+        "zero_stage": options.deepspeed.zero_stage,
+        "precision": options.train.precision,
+        "sampler": {
+            "version": SAMPLER_VERSION,
+            "seed": options.run.seed,
+            "global_batch_size": options.train.global_batch_size,
+            "window": options.train.shuffle_window,
+        },
+        "transformer": to_dict(config),
+        "options": to_dict(options),
+    }
 
 
 def check_resumable(
@@ -31,6 +55,9 @@ def check_resumable(
     Raises:
         ArtefactError: another code dataset, model, order or precision, or an average that starts or ends midway; both sides are named.
     """
+    if commit.is_imported:
+        _check_imported(commit, dataset, config)
+        return
     content, ours = commit.content, to_dict(config)
     run, train = options.run, options.train
     sampler = content["sampler"]
@@ -57,12 +84,33 @@ def check_resumable(
             )
 
 
+def _check_imported(commit: checkpoints.Commit, dataset: CodeDataset, config: TransformerConfig) -> None:
+    """Refuses a dataset of another tokenizer, grid or number of classes, or another model, than an imported transformer's."""
+    saved, ours = commit.content["transformer"], to_dict(config)
+    if saved["conditioning"] == "none":  # labels, if the dataset has them, make no difference
+        saved = {**saved, "num_classes": ours["num_classes"]}
+    pairs: list[tuple[str, str, Any, Any]]
+    pairs = [("codes.path", "tokenizer", commit.tokenizer_fingerprint, dataset.tokenizer_fingerprint)]
+    names = {"codebook_size": "codes.path", "grid": "codes.path", "num_classes": "codes.path"}
+    pairs += [(names.get(name, "model"), name, value, ours.get(name)) for name, value in saved.items()]
+    for key, what, there, here in pairs:
+        if there != here:
+            raise ArtefactError(
+                f"{key} gives {what} {here}, but the imported transformer in {commit.path} has {there}. Tokenize with its tokenizer "
+                "and image size, and give the configuration beside it (model.yaml) with -c."
+            )
+
+
 def load_commit(engine: Any, commit: checkpoints.Commit) -> None:
     """Brings an engine to the state of a commit. Every rank must call it.
 
     Raises:
         ArtefactError: DeepSpeed finds no state in it, or cannot convert it to this world size and ZeRO stage.
     """
+    if commit.is_imported:
+        with checkpoints.local_folder(commit) as folder:
+            universal.load_weights(engine, os.path.join(folder, WEIGHTS))
+        return
     saved = (commit.content["world_size"], commit.content["zero_stage"])
     ours = (dist.get_world_size(), engine.zero_optimization_stage())
     if saved == ours or saved[1] == ours[1] == 0:

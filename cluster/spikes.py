@@ -1,8 +1,9 @@
-"""When a step's loss or gradient means that the step must be undone, as a pure function of the losses before it."""
+"""When a step's loss or gradient means that the step must be undone, as a pure function of its record and the losses before it."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 NUM_STEPS_BEFORE = 64  # steps whose losses say what is usual
 MIN_STEPS_BEFORE = 16
@@ -35,3 +36,9 @@ def find_fault(loss: float, grad_norm: float, losses_before: Sequence[float], th
     if loss <= limit:
         return None
     return f"loss {loss:.4f} above {limit:.4f}, from the {len(usual)} steps before it"
+
+
+def find_not_finite(record: Mapping[str, Any]) -> str | None:
+    """The first number of a step's record that is NaN or infinite, with its name, or None."""
+    numbers = ((name, value) for name, value in record.items() if isinstance(value, float))
+    return next((f"{name} {value}" for name, value in numbers if not math.isfinite(value)), None)

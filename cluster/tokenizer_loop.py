@@ -1,224 +1,229 @@
-"""What one worker of the first-stage job does: it trains the VQGAN on its shard of the images and commits as it goes."""
+"""What one worker of the first-stage job does: a run of the tokenizer on streamed images."""
 
-import io
-import logging
+import functools
+import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray.train
-import ray.train.torch
+import ray
 import torch
 import torch.distributed as dist
+from ray.train.torch import get_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cluster import checkpoints
-from pipeline import storage
-from stages.errors import ConfigError
-from stages.first_stage.pixels import to_float
-from stages.first_stage.quantizer import usage
-from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, build_discriminator
+from cluster import checkpoints, run_log
+from cluster.checkpointer import Checkpointer
+from cluster.history import History
+from cluster.rank_messages import broadcast
+from cluster.step_timer import StepTimer
+from cluster.tokenizer_history import TrainingInputs, check_resumable, commit_facts, image_reader
+from cluster.tokenizer_options import TokenizerJobOptions, num_steps, training_path
+from cluster.train_metrics import TrainMetrics
+from cluster.train_step import step_seed
+from cluster.training_run import RunPlan, TrainingRun
+from cluster.watchdog import Watchdog
+from pipeline.image_loader import ImageLoader, LoadedImages
+from stages.first_stage.discriminator import build_discriminator
+from stages.first_stage.pixels import to_float, to_one_hot
+from stages.first_stage.quantizers.health import codebook_health
+from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
+from stages.first_stage.tokenizer import Tokenizer, num_channels, tokenizer_config
+from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
-from stages.options import (
-    ImageOptions,
-    RunOptions,
-    ScalingOptions,
-    SourceOptions,
-    TokenizerOptions,
-    TokenizerTrainOptions,
-)
 
-logger = logging.getLogger(__name__)
-
-STATE = "state.pt"
-SHUFFLE_ROWS = 16_384
+STATE, RESULT = "state.pt", "tokenizer.safetensors"  # everything to go on from; the weights that training is for
+REVIVAL_SHARE = 0.8  # of the training in which dead codes are revived; after it, none is disturbed any more
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerJobOptions:
-    """The sections that `train-tokenizer` takes."""
+def tokenizer_worker(
+    options: TokenizerJobOptions,
+    num_threads: int,
+    should_leave: Callable[[], bool] = lambda: False,
+    *,
+    inputs: TrainingInputs,
+) -> None:
+    """Trains from the latest commit, or from the start, until the job has seen `tokenizer_train.num_samples` images.
 
-    run: RunOptions
-    source: SourceOptions
-    images: ImageOptions
-    tokenizer: TokenizerOptions
-    tokenizer_train: TokenizerTrainOptions
-    scaling: ScalingOptions
-
-
-def training_path(tokenizer_path: str) -> str:
-    """Folder of a tokenizer's training history."""
-    return storage.join(tokenizer_path, "training")
-
-
-def tokenizer_worker(options: TokenizerJobOptions, num_threads: int) -> None:
-    """Trains on this rank's shard of the images until the job has seen `num_samples`, committing as it goes."""
+    Args:
+        options: of the job.
+        num_threads: for torch.
+        should_leave: asked by all ranks together every few seconds; True makes them commit and return early.
+        inputs: from the driver.
+    """
     keep_freed_memory()
     torch.set_num_threads(num_threads)
-    train, run_path = options.tokenizer_train, training_path(options.tokenizer.path)
-    trainer = _build_trainer(options)
-    num_seen = _resume(trainer, run_path)
-    log = _Log(trainer, options, run_path)
-    shard = ray.train.get_dataset_shard("train")
-    step = num_seen // train.global_batch_size
-    while num_seen < train.num_samples:
-        seen_before = num_seen
-        for images in _batches(shard, options, seed=options.run.seed + step):
-            metrics = trainer.step(images, num_seen)
-            num_seen, step = num_seen + train.global_batch_size, step + 1
-            is_last = num_seen >= train.num_samples
-            log.record(step, num_seen, metrics, is_last)
-            if step % train.checkpoint_every_steps == 0 or is_last:
-                log.commit(step, num_seen)
-            if is_last:
-                break
-        if num_seen == seen_before:
-            raise ConfigError(
-                f"tokenizer_train.global_batch_size is {train.global_batch_size}, but the source holds fewer images per worker than a "
-                f"worker's share of it. Lower it."
-            )
+    watchdog = Watchdog(options.scaling.hang_timeout_seconds)
+    try:
+        with StepTimer(torch.device("cuda") if torch.cuda.is_available() else None) as timer:
+            _run(options, inputs, should_leave, watchdog, timer)
+    finally:
+        watchdog.stop()
 
 
-def _batches(shard: Any, options: TokenizerJobOptions, seed: int) -> Iterator[torch.Tensor]:
-    """One epoch of float image batches (B, C, H, W) in [-1, 1], mirrored at random where the views allow it."""
-    generator = torch.Generator().manual_seed(seed)
-    local_batch = options.tokenizer_train.global_batch_size // options.scaling.max_workers
-    device = ray.train.torch.get_device()
-    batches = shard.iter_torch_batches(
-        batch_size=local_batch,
-        drop_last=True,
-        prefetch_batches=2,
-        local_shuffle_buffer_size=max(SHUFFLE_ROWS, 2 * local_batch),
-        local_shuffle_seed=seed,
-        device="cpu",
+def _run(
+    options: TokenizerJobOptions,
+    inputs: TrainingInputs,
+    should_leave: Callable[[], bool],
+    watchdog: Watchdog,
+    timer: StepTimer,
+) -> None:
+    train, run_path, began = options.tokenizer_train, training_path(options.tokenizer.path), time.monotonic()
+    stage = TokenizerStage(options, inputs)
+    attempt = broadcast(checkpoints.new_attempt())
+    facts = commit_facts(options, inputs, stage.world_size)
+    metrics = TrainMetrics(
+        run_path,
+        attempt,
+        is_writer=stage.rank == 0,
+        num_steps=num_steps(train),
+        log_every_steps=train.log_every_steps,
+        codes_per_step=train.global_batch_size,
+        flop_per_step=0.0,
+        peak_flops=None,
+        unit="images",
+        loss_unit="",
     )
-    for batch in batches:
-        images = to_float(batch["image"])
-        if "flip" in options.images.views:
-            is_flipped = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-            images = torch.where(is_flipped, images.flip(-1), images)
-        yield images.to(device)
-
-
-def _build_trainer(options: TokenizerJobOptions) -> FirstStageTrainer:
-    torch.manual_seed(options.run.seed)
-    device = ray.train.torch.get_device()
-    tokenizer = Tokenizer(tokenizer_config(options.tokenizer, options.images)).to(device)
-    discriminator = build_discriminator(options.tokenizer_train, options.images.channels, options.images.size)
-    world_size = dist.get_world_size()
-
-    def all_reduce_mean(tensor: torch.Tensor) -> None:
-        if world_size > 1:
-            dist.all_reduce(tensor)
-            tensor /= world_size
-
-    return FirstStageTrainer(
-        tokenizer,
-        None if discriminator is None else discriminator.to(device),
-        options.tokenizer_train,
-        wrap=ray.train.torch.prepare_model if world_size > 1 else lambda module: module,
-        all_reduce_mean=all_reduce_mean,
+    plan = RunPlan(
+        run_path=run_path,
+        section="tokenizer_train",
+        num_steps=num_steps(train),
+        checkpoint_every_steps=train.checkpoint_every_steps,
+        checkpoint_every_seconds=None,
+        retention=checkpoints.Retention(newest=train.keep_checkpoints),
+        spike_threshold=train.spike_threshold,
+        max_rollbacks=train.max_rollbacks,
     )
+    run = TrainingRun(
+        stage,
+        plan,
+        History(run_path, train.skip_batches, facts),
+        Checkpointer(run_path, attempt, stage.save, device=stage.device, keep_alive=watchdog.feed),
+        metrics,
+        should_leave=should_leave,
+        watchdog=watchdog,
+        timer=timer,
+    )
+    run.go({"networks": time.monotonic() - began})
 
 
-def _resume(trainer: FirstStageTrainer, run_path: str) -> int:
-    """Loads the latest commit into the trainer; returns the images it has seen."""
-    box = [checkpoints.latest_commit(run_path) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    commit = box[0]
-    if commit is None:
-        return 0
-    data = storage.read_bytes(storage.join(commit.path, STATE))
-    trainer.load_state_dict(torch.load(io.BytesIO(data), map_location=ray.train.torch.get_device(), weights_only=True))
-    logger.info("Resuming from %s", commit.path)
-    return commit.content["num_seen"]
+class TokenizerStage:
+    """What a first-stage run trains: the tokenizer and its adversary, on one rank's images."""
 
-
-class _Log:
-    """Means of the metrics between two log lines, codebook health, commits."""
-
-    def __init__(self, trainer: FirstStageTrainer, options: TokenizerJobOptions, run_path: str):
-        self.trainer, self.options, self.run_path = trainer, options, run_path
-        self.sums: dict[str, float] = {}
-        self.num_steps = 0
-        previous = checkpoints.latest_commit(run_path) if dist.get_rank() == 0 else None
-        self.lines: list[dict[str, float]] = [] if previous is None else list(previous.content["log"])
-        self.attempt = checkpoints.new_attempt()
-        self.started, self.first_seen = time.monotonic(), 0 if previous is None else previous.content["num_seen"]
-
-    def record(self, step: int, num_seen: int, metrics: dict[str, torch.Tensor], is_last: bool) -> None:
-        """Adds one step; every `log_every_steps` writes a line and revives dead codes."""
-        train = self.options.tokenizer_train
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.item()
-        self.num_steps += 1
-        revives = (
-            train.revive_every_steps and step % train.revive_every_steps == 0 and num_seen < 0.8 * train.num_samples
+    def __init__(self, options: TokenizerJobOptions, inputs: TrainingInputs):
+        self.options, self.inputs = options, inputs
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = get_device()
+        self.trainer = self._build_trainer()
+        self.loader = ImageLoader(
+            image_reader(options, inputs),
+            inputs.table,
+            rank=self.rank,
+            world_size=self.world_size,
+            cpus_per_rank=options.scaling.cpus_per_worker,
         )
-        if step % train.log_every_steps == 0 or is_last:
-            self._line(num_seen)
+
+    def _build_trainer(self) -> FirstStageTrainer:
+        options, train = self.options, self.options.tokenizer_train
+        torch.manual_seed(options.run.seed)
+        tokenizer = Tokenizer(tokenizer_config(options.tokenizer, options.images)).to(self.device)
+        discriminator = build_discriminator(
+            train, num_channels(options.tokenizer, options.images), options.images.size
+        )
+        perceptual = None if self.inputs.perceptual is None else ray.get(self.inputs.perceptual)
+        return FirstStageTrainer(
+            tokenizer,
+            None if discriminator is None else discriminator.to(self.device),
+            train,
+            perceptual=None if perceptual is None else perceptual.to(self.device),
+            is_labels=options.tokenizer.num_labels is not None,
+            wrap=self._data_parallel,
+            all_reduce_mean=self._all_reduce_mean,
+        )
+
+    def _data_parallel(self, module: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        # What buffers there are is computed from all ranks' data, the same everywhere.
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def _all_reduce_mean(self, tensor: Tensor) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+
+    def iterate(self, start_step: int, stop_step: int, skipped: Sequence[tuple[int, int]]) -> Iterator[LoadedImages]:
+        return self.loader.iterate(start_step, stop_step, skipped)
+
+    def step(self, loaded: LoadedImages) -> tuple[float, dict[str, float]]:
+        train, step = self.options.tokenizer_train, loaded.step
+        torch.manual_seed(step_seed(self.options.run.seed, step, self.rank))
+        num_seen = step * train.global_batch_size
+        metrics = self.trainer.step(self._inputs_of(loaded), num_seen)
+        values = torch.stack([value.double() for value in metrics.values()])
+        loss = values[list(metrics).index("reconstruction")].item()
+        self._all_reduce_mean(values)
+        numbers = dict(zip(metrics, values.tolist())) | {"learning_rate": self.trainer.learning_rate(num_seen)}
+        return loss, numbers | self._codebook_numbers(step)
+
+    def _inputs_of(self, loaded: LoadedImages) -> Tensor:
+        pixels = torch.tensor(loaded.pixels).to(self.device, non_blocking=True)  # a copy: Ray's memory is read-only
+        num_labels = self.options.tokenizer.num_labels
+        return to_float(pixels) if num_labels is None else to_one_hot(pixels, num_labels)
+
+    def _codebook_numbers(self, step: int) -> dict[str, float]:
+        """Codebook health since the last revival, at steps that are logged; revives dead codes when it is time."""
+        train, counts = self.options.tokenizer_train, self.trainer.code_counts_K
+        num_done, total = step + 1, num_steps(train)
+        is_logged = num_done % train.log_every_steps == 0 or num_done == total
+        every = train.revive_every_steps
+        revives = every > 0 and num_done % every == 0 and num_done < REVIVAL_SHARE * total
+        if not (is_logged or revives):
+            return {}
+        self._pool_counts()
+        health = codebook_health(copy_from_first_rank(counts.clone()))
         if revives:
-            self._revive()
+            self.trainer.revive_dead_codes()
+        return {f"codebook_{name}": value for name, value in health._asdict().items()}
 
-    def _line(self, num_seen: int) -> None:
-        counts = self.trainer.code_counts_K.clone()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-        share, perplexity = usage(counts)
-        means = {name: total / self.num_steps for name, total in self.sums.items()}
-        seconds = time.monotonic() - self.started
-        line = {
-            "num_seen": num_seen,
-            **means,
-            "codebook_usage": share,
-            "codebook_perplexity": perplexity,
-            "seconds": seconds,
-        }
-        self.lines.append(line)
-        self.sums, self.num_steps = {}, 0
-        rate = (num_seen - self.first_seen) / seconds
-        if dist.get_rank() == 0:
-            logger.info(
-                "images %d/%d  reconstruction %.4f  usage %.0f %%  perplexity %.0f  %.0f images/s  ETA %.0f s%s",
-                num_seen,
-                self.options.tokenizer_train.num_samples,
-                means["reconstruction"],
-                100 * share,
-                perplexity,
-                rate,
-                (self.options.tokenizer_train.num_samples - num_seen) / rate,
-                f"  discriminator {means['discriminator']:.3f}" if "discriminator" in means else "",
-            )
+    def _pool_counts(self) -> None:
+        """Leaves on rank 0 the counts of all ranks, and zero on others: what they add up to stays the same."""
+        counts = sum_over_ranks(self.trainer.code_counts_K)
+        if self.rank != 0:
+            counts.zero_()
 
-    def _revive(self) -> None:
-        """Dead codes are those no rank used since the last revival; rank 0 chooses where they move."""
-        counts = self.trainer.code_counts_K
-        if dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-        quantizer = self.trainer.tokenizer.quantize
-        quantizer.revive(counts == 0, self.trainer.last_vectors_ND)
-        if dist.get_world_size() > 1:
-            dist.broadcast(quantizer.embedding.weight.data, src=0)
-        counts.zero_()
+    def record(
+        self, loaded: LoadedImages, loss_sum: float, digests: list[int], numbers: dict[str, float]
+    ) -> dict[str, Any]:
+        return run_log.step_record(loaded.step, loaded.batch, loss_sum / self.world_size, digests, **numbers)
 
-    def commit(self, step: int, num_seen: int) -> None:
-        """Rank 0 saves the whole state (it is the same on every rank) and commits it."""
-        if dist.get_rank() == 0:
-            buffer = io.BytesIO()
-            torch.save(self.trainer.state_dict(), buffer)
-            path = checkpoints.checkpoint_path(self.run_path, step, self.attempt)
-            storage.put_if_absent(storage.join(path, STATE), buffer.getvalue())
-            last = self.lines[-1] if self.lines else {}
-            content = {
-                "step": step,
-                "num_seen": num_seen,
-                "reconstruction_loss": last.get("reconstruction", float("nan")),
-                "codebook_usage": last.get("codebook_usage", 0.0),
-                "codebook_perplexity": last.get("codebook_perplexity", 0.0),
-                "log": self.lines,
-                "files": [checkpoints.data_entry([buffer.getvalue()], STATE)],
-            }
-            checkpoints.write_commit(path, content)
-            checkpoints.prune(self.run_path, checkpoints.Retention(newest=2))
-        dist.barrier()
+    def save(self, folder: str) -> None:
+        """Rank 0 writes everything, for it is the same on every rank once code counts are pooled."""
+        self._pool_counts()
+        if self.rank != 0:
+            return
+        torch.save(self.trainer.state_dict(), os.path.join(folder, STATE))
+        weights = self.trainer.averaged_tokenizer().state_dict()
+        save_file({name: t.cpu().contiguous() for name, t in weights.items()}, os.path.join(folder, RESULT))
+
+    def load(self, commit: checkpoints.Commit) -> None:
+        check_resumable(commit, self.options, self.inputs)
+        with checkpoints.local_folder(commit, [STATE]) as folder:
+            state = torch.load(os.path.join(folder, STATE), map_location=self.device, weights_only=True)
+        self.trainer.load_state_dict(state)
+        if self.rank != 0:
+            self.trainer.code_counts_K.zero_()
+
+    def settle(self) -> None:
+        pass
+
+    def measure(self) -> dict[str, float]:
+        return {}
+
+
+def worker_with(inputs: TrainingInputs) -> Callable[..., None]:
+    """The worker of a job with these inputs."""
+    return functools.partial(tokenizer_worker, inputs=inputs)

@@ -4,14 +4,11 @@ import logging
 import math
 from dataclasses import dataclass
 
-import ray.train
-
 from cluster import checkpoints
 from cluster.resume import check_resumable
-from cluster.stop_request import Stopped, StopRequest
 from cluster.train_loop import train_worker
 from cluster.train_options import TrainJobOptions, dataset_transformer_config
-from cluster.worker_group import check_workers_fit, run_workers
+from cluster.worker_group import check_workers_fit, run_to_the_end
 from pipeline import storage
 from pipeline.binding import check_dataset
 from pipeline.loader import open_dataset
@@ -29,7 +26,7 @@ class TrainSummary:
     run: str
     step: int
     checkpoint: str
-    train_loss: float
+    train_loss: float | None
     sample_log_hash: str
 
 
@@ -46,7 +43,7 @@ def train(options: TrainJobOptions) -> TrainSummary:
     dataset = open_dataset(options.codes, verify=options.codes.verify_on_open)
     check_dataset(dataset, options.tokenizer.path, options.images)
     config = dataset_transformer_config(options, dataset)
-    newest = _newest(options.run.path)
+    newest = checkpoints.newest_commit(options.run.path)
     if newest is not None:
         check_resumable(newest, options, dataset, config)
         if newest.step >= options.train.num_steps:
@@ -55,33 +52,8 @@ def train(options: TrainJobOptions) -> TrainSummary:
     check_workers_fit(options.scaling, needs_data_cpu=False)
     storage.check_conditional_put(options.run.path)
     storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())
-    newest = _run_to_the_end(options)
+    newest = run_to_the_end(train_worker, options, options.scaling, options.run.path, options.train.num_steps)
     return _summary(options.run.path, newest)
-
-
-def _run_to_the_end(options: TrainJobOptions) -> checkpoints.Commit:
-    """Runs groups of workers, each with `scaling.max_failures` restarts, as long as each commits something."""
-    run_path, stop = options.run.path, StopRequest()
-    with stop.on_sigterm():
-        while True:
-            step_before = _step(_newest(run_path))
-            try:
-                run_workers(train_worker, options, options.scaling, storage.join(run_path, "ray"), stop=stop)
-            except ray.train.TrainingFailedError as error:
-                if stop.is_made or _step(_newest(run_path)) <= step_before:
-                    raise
-                logger.warning(
-                    "The workers failed too often, but committed since they started: starting again. %s", error
-                )
-                continue
-            newest = _newest(run_path)
-            if newest is not None and newest.step >= options.train.num_steps:
-                return newest
-            if stop.is_made:
-                raise Stopped(
-                    f"SIGTERM ended the run at step {_step(newest)} of {options.train.num_steps}, which is committed. Run the same "
-                    f"command again: it goes on from there."
-                )
 
 
 def check_batch(train: TrainOptions, scaling: ScalingOptions) -> None:
@@ -102,16 +74,6 @@ def check_batch(train: TrainOptions, scaling: ScalingOptions) -> None:
             f"train.micro_batch_size = {scaling.max_workers} * {train.micro_batch_size} = {unit}. Use {nearest}, or change "
             f"train.micro_batch_size."
         )
-
-
-def _newest(run_path: str) -> checkpoints.Commit | None:
-    """The commit of the highest step, its files unchecked: the workers check the one that they load."""
-    commits = checkpoints.list_commits(run_path)
-    return commits[-1] if commits else None
-
-
-def _step(commit: checkpoints.Commit | None) -> int:
-    return 0 if commit is None else commit.step
 
 
 def _summary(run_path: str, commit: checkpoints.Commit) -> TrainSummary:

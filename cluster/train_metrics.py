@@ -20,6 +20,7 @@ from pipeline import storage
 logger = logging.getLogger(__name__)
 
 RECENT_STEPS = 100
+EXTRA_NUMBERS = ("perceptual", "discriminator", "adversarial_weight", "codebook_usage", "codebook_perplexity")  # of the first stage
 
 
 class TrainMetrics:
@@ -34,9 +35,11 @@ class TrainMetrics:
         is_writer: whether this rank shows anything; on others every method does nothing.
         num_steps: of the whole run.
         log_every_steps: steps between two progress lines.
-        codes_per_step: codes of a global batch.
+        codes_per_step: codes of a global batch; or what else is counted, if `unit` says so.
         flop_per_step: floating-point operations that the model needs per global batch, without any that are computed again.
         peak_flops: peak FLOP/s of all ranks' devices together; without it, no MFU is shown.
+        unit: what is counted.
+        loss_unit: of the loss, for people.
     """
 
     def __init__(
@@ -50,7 +53,10 @@ class TrainMetrics:
         codes_per_step: int,
         flop_per_step: float,
         peak_flops: float | None,
+        unit: str = "codes",
+        loss_unit: str = "nats/code",
     ):
+        self._unit, self._loss_unit = unit, loss_unit
         self._num_steps, self._log_every_steps = num_steps, log_every_steps
         self._codes_per_step, self._flop_per_step, self._peak_flops = codes_per_step, flop_per_step, peak_flops
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
@@ -74,7 +80,7 @@ class TrainMetrics:
             return
         seconds = sum(part_seconds.values())
         line = {name: value for name, value in record.items() if is_number(value)}
-        line |= {"seconds": seconds, "codes_per_second": self._codes_per_step / seconds}
+        line |= {"seconds": seconds, f"{self._unit}_per_second": self._codes_per_step / seconds}
         if self._peak_flops is not None:
             line["mfu"] = self._flop_per_step / seconds / self._peak_flops
         line |= {"time": time.time(), "part_seconds": part_seconds}
@@ -82,7 +88,7 @@ class TrainMetrics:
         self._tell(lambda view: view.step(line))
         num_done = line["step"] + 1
         if num_done % self._log_every_steps == 0 or num_done == self._num_steps:
-            logger.info("%s", progress_line(list(self._recent), self._num_steps))
+            logger.info("%s", progress_line(list(self._recent), self._num_steps, self._unit, self._loss_unit))
 
     def commit(self, step: int, **measured: float) -> None:
         """Shows that the checkpoint after `step` steps was committed, with what was measured on it."""
@@ -123,7 +129,9 @@ class TrainMetrics:
                 _warn(type(view).__name__, error)
 
 
-def progress_line(recent: list[dict[str, Any]], num_steps: int) -> str:
+def progress_line(
+    recent: list[dict[str, Any]], num_steps: int, unit: str = "codes", loss_unit: str = "nats/code"
+) -> str:
     """How far a run is and how fast, from the lines of its recent steps, the last one last.
 
     The rate is that of the median step, so that a pause or a slow start does not bend it; shares are of all recent time.
@@ -135,9 +143,10 @@ def progress_line(recent: list[dict[str, Any]], num_steps: int) -> str:
     def share(part: str) -> str:
         return f"{sum(line['part_seconds'].get(part, 0.0) for line in recent) / total:.1%}"
 
-    words = [f"step {num_done}/{num_steps}", f"loss {last['loss']:.4f} nats/code"]
+    words = [f"step {num_done}/{num_steps}", f"loss {last['loss']:.4f} {loss_unit}".rstrip()]
     words += [f"grad norm {last['grad_norm']:.3g}", f"lr {last['learning_rate']:.2e}"]
-    words += [f"{last['codes_per_second'] * last['seconds'] / typical:.0f} codes/s"]
+    words += [f"{last[f'{unit}_per_second'] * last['seconds'] / typical:.0f} {unit}/s"]
+    words += [f"{name} {last[name]:.3g}" for name in EXTRA_NUMBERS if name in last]
     if "mfu" in last:
         words.append(f"MFU {last['mfu'] * last['seconds'] / typical:.1%}")
     words += [f"data stall {share(DATA)}", f"checkpoint stall {share(CHECKPOINT)}"]

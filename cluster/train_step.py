@@ -28,7 +28,7 @@ def train_step(
     Returns:
         The loss in nats, summed over this rank's valid rows, and the norm of the gradient over all ranks before it is clipped.
     """
-    torch.manual_seed(_step_seed(seed, loaded.step, rank))
+    torch.manual_seed(step_seed(seed, loaded.step, rank))
     # DeepSpeed averages over ranks and micro batches; undoing that makes the gradient the mean over valid codes.
     scale = len(loaded.micro_batches) * world_size / (loaded.num_valid * num_codes)
     total, norm = torch.zeros((), dtype=torch.float64, device=engine.device), 0.0
@@ -51,5 +51,6 @@ def train_step(
     return total.item(), norm
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generator is seeded with before a step, so that dropout follows from the step."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little") >> 1

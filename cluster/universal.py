@@ -90,6 +90,21 @@ def load(engine: Any, folder: str, *, step: int, weights: str, averages: str | N
     refresh_weights(engine)
 
 
+def load_weights(engine: Any, weights: str) -> None:
+    """Gives an engine new weights and an optimizer that made no step yet. Every rank must call it.
+
+    Args:
+        engine: DeepSpeed's, of any ZeRO stage and world size.
+        weights: safetensors file with every parameter.
+    """
+    optimizer = base_optimizer(engine)
+    with safe_open(weights, framework="pt") as file:
+        for owned in owned_slices(engine):
+            owned.kept_in(owned.flat).copy_(owned.part_of(file.get_tensor(owned.name).float()))
+            optimizer.state[owned.flat].clear()
+    refresh_weights(engine)
+
+
 def _read(folder: str, name: str, key: str) -> Tensor:
     path = os.path.join(folder, "zero", name, f"{key}.pt")
     try:

@@ -1,5 +1,6 @@
 """A Ray Train worker group for either stage: one process per rank, restarted together after a failure."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,14 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from cluster.checkpoints import new_attempt
+from cluster import checkpoints
 from cluster.runtime import START_TIMEOUT, has_cluster, user_errors
-from cluster.stop_request import StopRequest
+from cluster.stop_request import Stopped, StopRequest
 from pipeline import storage
 from stages.errors import ConfigError
 from stages.options import ScalingOptions
+
+logger = logging.getLogger(__name__)
 
 ELASTIC_START_SECONDS = 60
 
@@ -36,7 +39,6 @@ def run_workers(
     options: Any,
     scaling: ScalingOptions,
     storage_path: str,
-    datasets: dict[str, Any] | None = None,
     stop: StopRequest | None = None,
 ) -> None:
     """Runs `worker(options, num_threads)` on every rank of a Ray Train worker group, and again on all when one fails.
@@ -48,7 +50,6 @@ def run_workers(
         options: of the job.
         scaling: a range of workers lets the group shrink and grow with the cluster.
         storage_path: for Ray's own state.
-        datasets: that Ray Train shall split among the ranks.
         stop: a request that workers shall see.
 
     Raises:
@@ -73,11 +74,10 @@ def run_workers(
             resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=f"attempt-{new_attempt()}",
+            name=f"attempt-{checkpoints.new_attempt()}",
             storage_path=storage_path,
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
-        datasets=datasets,
     )
     # Ray ends a group of which a worker does not answer for so long, such as a stopped process.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(scaling.hang_timeout_seconds))
@@ -89,6 +89,55 @@ def run_workers(
             trainer.fit()
     finally:
         storage.delete_tree(storage_path)
+
+
+def run_to_the_end(
+    worker: Callable[..., None], options: Any, scaling: ScalingOptions, run_path: str, num_steps: int
+) -> checkpoints.Commit:
+    """Runs groups of workers, each with `scaling.max_failures` restarts, as long as each commits something.
+
+    SIGTERM to this process makes the workers commit and leave.
+
+    Args:
+        worker: of `run_workers`; commits into `run_path`, and goes on from there.
+        options: of the job.
+        scaling: of the group.
+        run_path: folder of the commits.
+        num_steps: of the whole run.
+
+    Returns:
+        The commit after `num_steps` steps, its files unchecked.
+
+    Raises:
+        Stopped: SIGTERM came first.
+        TesseraError, ray.train.TrainingFailedError: as `run_workers`.
+    """
+    stop = StopRequest()
+    with stop.on_sigterm():
+        while True:
+            step_before = _step(run_path)
+            try:
+                run_workers(worker, options, scaling, storage.join(run_path, "ray"), stop=stop)
+            except ray.train.TrainingFailedError as error:
+                if stop.is_made or _step(run_path) <= step_before:
+                    raise
+                logger.warning(
+                    "The workers failed too often, but committed since they started: starting again. %s", error
+                )
+                continue
+            newest = checkpoints.newest_commit(run_path)
+            if newest is not None and newest.step >= num_steps:
+                return newest
+            if stop.is_made:
+                raise Stopped(
+                    f"SIGTERM ended the run at step {_step(run_path)} of {num_steps}, which is committed. Run the same command "
+                    f"again: it goes on from there."
+                )
+
+
+def _step(run_path: str) -> int:
+    commit = checkpoints.newest_commit(run_path)
+    return 0 if commit is None else commit.step
 
 
 def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:

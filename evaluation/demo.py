@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.sample_job import SampleJobOptions, sample
 from cluster.tokenizer_job import train_tokenizer
-from cluster.tokenizer_loop import TokenizerJobOptions
+from cluster.tokenizer_options import TokenizerJobOptions
 from cluster.train_job import train
 from cluster.train_options import TrainJobOptions
 from evaluation.evaluate import EvaluateOptions, evaluate

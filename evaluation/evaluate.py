@@ -297,7 +297,7 @@ def check_binding(
         ArtefactError: naming both sides.
         ConfigError: the images are prepared otherwise than the code dataset's.
     """
-    if dataset.root_hash != commit.root_hash:
+    if not commit.is_imported and dataset.root_hash != commit.root_hash:
         raise ArtefactError(
             f"codes.path is {options.codes.path} with root hash {dataset.root_hash}, but checkpoint {commit.path} was "
             f"trained on the code dataset with root hash {commit.root_hash}. Name that dataset."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster import checkpoints, run_log
-from cluster.tokenizer_loop import training_path
+from cluster.tokenizer_options import training_path
 from evaluation.evaluate import EvaluateOptions
 from evaluation.records import Record, list_records
 from evaluation.report import Curve, Grid, ReportData, render_report
@@ -49,7 +49,9 @@ def write_report(
 def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoints.Commit | None) -> dict[str, str]:
     summary = {"Source": options.source.name}
     if commit is not None:
-        summary |= {"Step": f"{commit.step:,}", "Training loss": f"{commit.train_loss:.3f} nats per code"}
+        summary["Step"] = f"{commit.step:,}"
+        if commit.train_loss is not None:
+            summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
     if records:
         metrics = records[-1].metrics
         for name, label in (("gfd", "Distance of samples"), ("validation_nll", "Validation NLL, nats per code")):
@@ -65,15 +67,19 @@ def _row(record: Record, page_path: str) -> dict[str, Any]:
 
 
 def _tokenizer_curves(options: EvaluateOptions) -> list[Curve]:
-    commits = checkpoints.list_commits(training_path(options.tokenizer.path))
-    if not commits:
+    path = training_path(options.tokenizer.path)
+    commit = checkpoints.newest_commit(path)
+    if commit is None:
         return []
-    lines = commits[-1].content["log"]
-    seen = [line["num_seen"] for line in lines]
-    return [
-        Curve("Tokenizer: reconstruction loss", "images seen", seen, [line["reconstruction"] for line in lines]),
-        Curve("Tokenizer: codebook perplexity", "images seen", seen, [line["codebook_perplexity"] for line in lines]),
-    ]
+    batch = commit.content["sampler"]["global_batch_size"]
+    records = run_log.read_log(path, commit.content["log"])
+
+    def curve(title: str, name: str) -> Curve:
+        lines = [record for record in records if name in record]
+        seen = [(line["step"] + 1) * batch for line in lines]
+        return Curve(f"Tokenizer: {title}", "images seen", seen, [line[name] for line in lines])
+
+    return [curve("reconstruction loss", "loss"), curve("codebook perplexity", "codebook_perplexity")]
 
 
 def _run_curves(options: EvaluateOptions, commit: checkpoints.Commit | None) -> list[Curve]:

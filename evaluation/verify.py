@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster import checkpoints
+from cluster.tokenizer_options import training_path
 from cluster.verify_run import verify_run
 from evaluation.records import read_record
 from pipeline import storage
@@ -14,7 +15,7 @@ from stages.first_stage.artefact import CONFIG
 
 
 def verify_artefact(path: str) -> list[str]:
-    """Problems of the tokenizer, code dataset, run, checkpoint or evaluation record at `path`; empty when it is sound.
+    """Problems of the tokenizer (with its training), code dataset, run, checkpoint or evaluation record at `path`; empty when it is sound.
 
     Raises:
         ArtefactError: there is nothing at the path, or nothing known.
@@ -30,7 +31,8 @@ def verify_artefact(path: str) -> list[str]:
     if checkpoints.COMMIT in names:
         return checkpoints.commit_problems(checkpoints.open_commit(path))
     if CONFIG in names:
-        return _problems(lambda: open_tokenizer(path))
+        training = verify_run(training_path(path)) if "training" in tops else []
+        return _problems(lambda: open_tokenizer(path)) + training
     if "checkpoints" in tops:
         return verify_run(path)
     raise ArtefactError(

@@ -10,6 +10,7 @@ from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, load_tokenizer, read_config, save_tokenizer
 from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
+from stages.project_config import Project, read_project
 
 
 def open_tokenizer(path: str) -> Tokenizer:
@@ -74,6 +75,14 @@ def local_weights(file: str) -> Iterator[str]:
         for path in filter(storage.exists, wanted):
             storage.download(path, os.path.join(folder, os.path.basename(path)))
         yield os.path.join(folder, name) if is_file else folder
+
+
+def open_project(path: str | None) -> Project | None:
+    """The project file at a local or s3:// path, if there is a path. Raises what `read_project` raises."""
+    if path is None:
+        return None
+    with local_weights(path) as local:
+        return read_project(local)
 
 
 def store_export(tokenizer: Tokenizer, format: str, path: str) -> str:

@@ -4,23 +4,11 @@ The text beside each field is its documentation: `docs/configuration.md` is made
 Only dataclasses live here, so that reading a configuration imports neither torch nor ray.
 """
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def option(
-    default: Any = MISSING,
-    text: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
-    metadata = {"text": text, "low": low, "high": high, "above": above}
-    if isinstance(default, dict | list):
-        raise TypeError("option defaults are immutable: use a tuple")
-    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+from stages.option import option
+from stages.quantizer_options import QuantizerOptions, QuantizerTrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +50,14 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
+class TokenizerOptions(QuantizerOptions):
     """The VQGAN: its folder and, for training one, its architecture (reference: Esser et al. 2020, section 3.1)."""
 
     path: str = option("runs/tokenizer", "Folder of the tokenizer artefact.")
-    codebook_size: int = option(1024, "Number of codebook entries.", low=2, high=1 << 20)
-    codebook_dim: int = option(8, "Width of a codebook entry.", low=1)
-    quantizer: Literal["vq-l2", "vq"] = option("vq-l2", "vq-l2: l2-normalised codes; vq: Euclidean.")
+    input: str = option("image", "What is tokenized: image, or a condition map of the source, such as segmentation or depth.")
+    num_labels: int | None = option(
+        None, "A map of ids below this is seen one-hot, in so many channels; maps of numbers in [0, 1] are one channel.", low=2
+    )
     base_channels: int = option(128, "Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups).", low=32)
     channel_multipliers: tuple[int, ...] = option(
         (1, 1, 2, 2, 4), "Per level; each level but the last halves the image."
@@ -80,7 +69,7 @@ class TokenizerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTrainOptions:
+class TokenizerTrainOptions(QuantizerTrainOptions):
     """How a tokenizer is trained. Schedules count images seen, so they do not change with the batch size."""
 
     num_samples: int = option(1_000_000, "Images to train on.", low=1)
@@ -93,26 +82,68 @@ class TokenizerTrainOptions:
     )
     l1_weight: float = option(1.0, "Weight of the absolute pixel difference.", low=0.0)
     l2_weight: float = option(0.0, "Weight of the squared pixel difference.", low=0.0)
-    codebook_weight: float = option(1.0, "Weight of |sg[z] - e|^2, which moves the codebook.", low=0.0)
-    commitment_weight: float = option(0.25, "Weight of |z - sg[e]|^2, which moves the encoder.", low=0.0)
+    perceptual_weight: float = option(
+        0.0, "Weight of the perceptual distance (LPIPS, Zhang et al. 2018); needs perceptual_vgg.", low=0.0
+    )
+    perceptual_vgg: str | None = option(
+        None,
+        "VGG16 weights as torchvision publishes them, or a VQGAN checkpoint that holds them: a path, s3:// or https:// address.",
+    )
+    perceptual_vgg_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
+    perceptual_heads: str | None = option(
+        None, "Linear heads of LPIPS (weights/v0.1/vgg.pth of the lpips package), where perceptual_vgg does not hold them."
+    )
+    perceptual_heads_sha256: str | None = option(
+        None, "sha-256 of that file, or its first eight digits or more; an https:// address needs it."
+    )
     discriminator_weight: float = option(
         0.0, "Weight of the adversarial term; 0 trains without a discriminator.", low=0.0
+    )
+    discriminator_loss: Literal["hinge", "vanilla", "non-saturating"] = option(
+        "hinge", "hinge and vanilla: the generator's term is -mean D; non-saturating: mean softplus(-D)."
     )
     discriminator_channels: int = option(64, "Channels of the discriminator's first layer.", low=8)
     discriminator_layers: int = option(3, "Strided layers of the patch discriminator.", low=1, high=5)
     discriminator_start_samples: int = option(
-        0, "The discriminator learns from the start; its term joins the generator's loss after so many images.", low=0
+        0, "The discriminator's term joins the generator's loss after so many images.", low=0
+    )
+    discriminator_warm_samples: int | None = option(
+        None, "Images before that from which on the discriminator learns; from the first image if not given.", low=0
     )
     discriminator_ramp_samples: int = option(0, "Images over which that term rises to its full weight.", low=0)
     adaptive_weight: bool = option(True, "Scale the adversarial term by the ratio of last-layer gradients.")
     max_adaptive_weight: float = option(100.0, "Cap of that ratio.", above=0.0)
-    grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
-    revive_every_steps: int = option(
-        200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0
+    lecam_weight: float = option(
+        0.0, "Weight of the LeCam regularisation of the discriminator (Tseng et al. 2021); 0: none.", low=0.0
     )
+    r1_weight: float = option(
+        0.0, "Weight of the gradient penalty on real images (R1, Mescheder et al. 2018); 0: none.", low=0.0
+    )
+    r1_every_steps: int = option(16, "Steps between two such penalties, each weighted so many times.", low=1)
+    grad_clip: float = option(1.0, "Largest gradient norm; 0 turns clipping off.", low=0.0)
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, with distances, norms and losses in fp32.")
+    min_crop: float | None = option(
+        None,
+        "Random crops: the smallest side, as a share of the shorter side; at 1 only the place varies. The centred square if not given.",
+        above=0.0,
+        high=1.0,
+    )
+    random_flip: bool = option(True, "Mirror half of the images.")
     log_every_steps: int = option(50, "Steps between two log lines.", low=1)
     checkpoint_every_steps: int = option(500, "Steps between two commits.", low=1)
+    keep_checkpoints: int = option(2, "Newest commits that are kept; the log stays whole.", low=1)
+    spike_threshold: float = option(
+        0.0,
+        "A reconstruction loss so many robust standard deviations above the median of the steps before it is undone like NaN; "
+        "0: only NaN and infinity are.",
+        low=0.0,
+    )
+    skip_batches: int = option(16, "Global batches up to the offending one that are then left out.", low=1)
+    max_rollbacks: int = option(
+        3, "Times in a row, without a new commit, that a training goes back before it gives up.", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +191,19 @@ class ModelOptions:
     hidden_size: int = option(768, "Width.", low=8)
     num_heads: int = option(12, "Attention heads; hidden_size / num_heads must be a multiple of 4 (2-D RoPE).", low=1)
     ffn_size: int | None = option(
-        None, "Width of the SwiGLU layer; 8/3 hidden_size rounded up to 64 if not given.", low=8
+        None, "Width inside the feed-forward layer; 8/3 hidden_size rounded up to 64, or 4 hidden_size with gelu, if not given.", low=8
     )
     residual_dropout: float = option(0.1, "Dropout on what each branch adds.", low=0.0, high=0.9)
     embedding_dropout: float = option(0.1, "Dropout on the embedded codes.", low=0.0, high=0.9)
     qk_norm: bool = option(True, "RMS-normalise queries and keys per head.")
     rope_base: float = option(10000.0, "Base of the rotary frequencies.", above=1.0)
+    norm: Literal["rms", "layer"] = option("rms", "RMSNorm, or LayerNorm as in GPT-2.")
+    norm_eps: float = option(1e-6, "Added to the variance by the norms of blocks.", above=0.0)
+    ffn: Literal["swiglu", "gelu"] = option("swiglu", "Feed-forward layer: gated, or GELU as in GPT-2.")
+    positions: Literal["rope", "rope-zero-prefix", "learned"] = option(
+        "rope", "2-D rotary; the same with queries and keys of the prefix set to 0, as LlamaGen has it; or a learned vector each."
+    )
+    bias: bool = option(False, "Linear layers of blocks add a bias.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +211,9 @@ class ConditioningOptions:
     """What precedes the codes."""
 
     name: str = option(
-        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`."
+        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, codes, or `package.module:Class`."
     )
+    num_tokens: int = option(1, "Condition tokens per image; more than 1 with codes only.", low=1)
     cond_drop_prob: float = option(
         0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0
     )

@@ -29,21 +29,21 @@ def never():
     return False
 
 
-def worker(rank, world_size, port, options, prepare, should_leave):
+def worker(rank, world_size, port, options, prepare, should_leave, loop):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
     prepare()
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    train_worker(options, 1, should_leave)
+    loop(options, 1, should_leave)
     dist.destroy_process_group()
 
 
-def start(options, world_size, prepare=nothing, should_leave=never):
-    """Starts the loop in `world_size` processes; each calls `prepare` first. Both functions must be importable."""
+def start(options, world_size, prepare=nothing, should_leave=never, loop=train_worker):
+    """Starts the loop in `world_size` processes; each calls `prepare` first. The functions must be importable."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = (world_size, port, options, prepare, should_leave)
+    arguments = (world_size, port, options, prepare, should_leave, loop)
     return torch.multiprocessing.start_processes(
         worker, arguments, nprocs=world_size, start_method="forkserver", join=False
     )

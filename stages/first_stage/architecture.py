@@ -1,34 +1,47 @@
 """From the named tensors of a checkpoint to the network they belong to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.blocks import NUM_GROUPS
+from stages.first_stage.foreign import Foreign, name_some
 from stages.first_stage.names import is_attention_matrix
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.project_config import Target
 
 PUBLISHED_RESOLUTION = 256
-MAX_NAMED = 5
+# Parameters of a project's autoencoder, by where they stand there and what they are here.
+DESCRIBED = {
+    "ddconfig.ch": "base_channels",
+    "ddconfig.ch_mult": "channel_multipliers",
+    "ddconfig.num_res_blocks": "num_res_blocks",
+    "ddconfig.attn_resolutions": "attention_resolutions",
+    "ddconfig.z_channels": "z_channels",
+    "ddconfig.in_channels": "in_channels",
+    "ddconfig.out_ch": "in_channels",
+    "n_embed": "codebook_size",
+    "embed_dim": "codebook_dim",
+}
 
 
-def infer_config(
-    tensors: dict[str, Tensor], rename: Callable[[str], str], marker: dict[str, Any], path: str
-) -> TokenizerConfig:
+def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Target | None = None) -> TokenizerConfig:
     """The architecture of an autoencoder, read off the shapes of its tensors.
 
     Args:
-        tensors: by their names in the file.
-        rename: from CompVis names to those.
-        marker: what an export wrote beside the tensors: `resolution` and `attention_resolutions`, or nothing.
-        path: the file, for messages.
+        foreign: the tensors of the autoencoder alone, and what an export wrote beside them: `resolution` and
+            `attention_resolutions`, or nothing.
+        rename: from CompVis names to those of the file.
+        described: the autoencoder in its project file, for the resolution.
 
     Raises:
         ArtefactError: a tensor that the shape follows from is missing or cannot be one of a VQGAN.
     """
+
+    tensors, marker, path = foreign.tensors, foreign.marker, foreign.path
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         tensor = tensors.get(rename(name))
@@ -52,7 +65,8 @@ def infer_config(
             f"{path} has widths {[base, *widths]}, but the first must be a multiple of {NUM_GROUPS} and divide the "
             "others. Choose the checkpoint of a convolutional VQGAN."
         )
-    resolution = marker.get("resolution", PUBLISHED_RESOLUTION)
+    described_resolution = _parameter(described, "ddconfig.resolution") if described is not None else None
+    resolution = marker.get("resolution", described_resolution or PUBLISHED_RESOLUTION)
     attended = tuple(
         resolution >> i for i in range(num_levels) if rename(f"encoder.down.{i}.attn.0.q.weight") in tensors
     )
@@ -67,7 +81,39 @@ def infer_config(
         num_res_blocks=num_blocks,
         attention_resolutions=tuple(marker.get("attention_resolutions", attended)),
         z_channels=shape("decoder.conv_in.weight", 4)[1],
+        middle_attention=rename("encoder.mid.attn_1.q.weight") in tensors,
     )
+
+
+def check_described(config: TokenizerConfig, described: Target, project_path: str, path: str) -> None:
+    """Refuses a project file that does not describe the autoencoder of the tensors.
+
+    Raises:
+        ConfigError: naming the first value that differs, on both sides.
+    """
+    if _parameter(described, "ddconfig.double_z"):
+        raise ConfigError(
+            f"ddconfig.double_z in {project_path} is True, but a VQGAN has no variances. Choose another model."
+        )
+    for key, name in DESCRIBED.items():
+        there, here = _parameter(described, key), getattr(config, name)
+        if isinstance(there, list):
+            there = tuple(there)
+        if name == "attention_resolutions" and there is not None:
+            sides = [config.resolution >> level for level in range(len(config.channel_multipliers))]
+            there = tuple(side for side in sides if side in there)
+        if there is not None and there != here:
+            raise ConfigError(
+                f"{key} in {project_path} is {there}, but the tensors of {path} give {here}. Name the project file that came "
+                "with this checkpoint."
+            )
+
+
+def _parameter(described: Target, key: str) -> Any:
+    value: Any = described.params
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def build_tokenizer(
@@ -100,10 +146,3 @@ def build_tokenizer(
         state[name] = tensor.to(torch.float32).contiguous()
     tokenizer.load_state_dict(state, assign=True)
     return tokenizer.eval().requires_grad_(False)
-
-
-def name_some(names: Iterable[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - MAX_NAMED} more" if len(listed) > MAX_NAMED else ""
-    return ", ".join(listed[:MAX_NAMED]) + more

@@ -1,6 +1,5 @@
 """The tokenizer on disk: `tokenizer.safetensors` and, written last, `config.json` with the fingerprint of both."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,11 +14,12 @@ from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 
 WEIGHTS, CONFIG = "tokenizer.safetensors", "config.json"
 FORMAT_VERSION = 1
+HEADER = ("format", "format_version", "fingerprint")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha-256 over the architecture and every tensor (name, shape, float32 little-endian bytes) in name order."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(tokenizer.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(tokenizer.config.identity(), sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}:{tuple(values.shape)}".encode())
@@ -53,7 +53,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
             "format": "tessera-tokenizer",
             "format_version": FORMAT_VERSION,
             "fingerprint": mark,
-            **dataclasses.asdict(baked.config),
+            **baked.config.identity(),
         },
         indent=2,
     )
@@ -98,10 +98,10 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """
     content = read_config(folder)
     try:
-        config = build(TokenizerConfig, {f.name: content[f.name] for f in dataclasses.fields(TokenizerConfig)})
+        config = build(TokenizerConfig, {k: v for k, v in content.items() if k not in HEADER})
         tokenizer = Tokenizer(config)
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
-    except (KeyError, RuntimeError, OSError, ValueError, SafetensorError) as error:
+    except (TypeError, RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ArtefactError(
             f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it."
         ) from error

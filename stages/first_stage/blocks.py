@@ -18,8 +18,8 @@ NORM_EPS = 1e-6
 class Norm(nn.GroupNorm):
     """GroupNorm whose statistics are computed in float32 whatever the autocast mode."""
 
-    def __init__(self, channels: int):
-        super().__init__(NUM_GROUPS, channels, eps=NORM_EPS)
+    def __init__(self, channels: int, num_groups: int = NUM_GROUPS, eps: float = NORM_EPS):
+        super().__init__(num_groups, channels, eps=eps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):
@@ -120,10 +120,10 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, dropout: float, attention: bool):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, dropout)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -144,6 +144,7 @@ class Encoder(nn.Module):
         resolution: int,
         z_channels: int,
         dropout: float,
+        middle_attention: bool = True,
     ):
         super().__init__()
         widths = [base_channels * m for m in channel_multipliers]
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
             halves = i < len(widths) - 1
             level = _Level(before, width, num_res_blocks, attention=attention, dropout=dropout, downsample=halves)
             self.down.append(level)
-        self.mid = _Middle(widths[-1], dropout)
+        self.mid = _Middle(widths[-1], dropout, middle_attention)
         self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
@@ -182,11 +183,12 @@ class Decoder(nn.Module):
         resolution: int,
         z_channels: int,
         dropout: float,
+        middle_attention: bool = True,
     ):
         super().__init__()
         widths = [base_channels * m for m in channel_multipliers]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1], dropout)
+        self.mid = _Middle(widths[-1], dropout, middle_attention)
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(zip(widths[1:] + widths[-1:], widths)):
             attention = resolution >> i in attention_resolutions

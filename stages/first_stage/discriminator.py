@@ -5,6 +5,12 @@ Batch statistics would be contaminated by the generator's pass and differ betwee
 
 from torch import Tensor, nn
 
+from stages.errors import ConfigError
+from stages.first_stage.blocks import Norm
+from stages.options import TokenizerTrainOptions
+
+GROUPS, EPS = 8, 1e-5
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to one real/fake logit per patch (B, 1, H', W')."""
@@ -18,7 +24,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, wider),
+                Norm(wider, GROUPS, EPS),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
@@ -38,3 +44,20 @@ def smallest_image(num_layers: int) -> int:
     for stride in [1, 1] + [2] * num_layers:
         side = (side - 1) * stride + 4 - 2
     return side
+
+
+def build_discriminator(options: TokenizerTrainOptions, in_channels: int, size: int) -> PatchDiscriminator | None:
+    """The discriminator asked for, or None when its weight is 0.
+
+    Raises:
+        ConfigError: the image is too small to leave one patch.
+    """
+    if options.discriminator_weight == 0:
+        return None
+    needed = smallest_image(options.discriminator_layers)
+    if size < needed:
+        raise ConfigError(
+            f"tokenizer_train.discriminator_layers is {options.discriminator_layers}, but that needs images of at least {needed} "
+            f"pixels and images.size is {size}. Use fewer layers."
+        )
+    return PatchDiscriminator(in_channels, options.discriminator_channels, options.discriminator_layers)

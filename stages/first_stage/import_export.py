@@ -8,58 +8,74 @@ as published: 256 pixels, and l2-normalised codes in LlamaGen files.
 import json
 import logging
 import os
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.architecture import PUBLISHED_RESOLUTION, build_tokenizer, infer_config, name_some
+from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
 from stages.first_stage.artefact import fingerprint
 from stages.first_stage.blocks import NUM_GROUPS
+from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, MARKER, Foreign, name_some, read_foreign
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
-from stages.first_stage.unpickle import read_checkpoint
+from stages.project_config import Project
 
 logger = logging.getLogger(__name__)
 
-MARKER = "tessera"
-FILES = {"compvis": "tokenizer.ckpt", "llamagen": "tokenizer.pt", "diffusers": "diffusion_pytorch_model.safetensors"}
+Part = Literal["first_stage", "cond_stage"]
+FILES = {"compvis": "tokenizer.ckpt", "llamagen": "tokenizer.pt", "diffusers": DIFFUSERS_WEIGHTS[0]}
 DIFFUSERS_CONFIG = "config.json"
-DIFFUSERS_WEIGHTS = (FILES["diffusers"], "diffusion_pytorch_model.bin")
 # What shapes do not show and this project builds in one way only.
 DIFFUSERS_FIXED = {"norm_num_groups": NUM_GROUPS, "norm_type": "group", "act_fn": "silu"}
-# Losses and averages of training, usage counters, buffers: no part of a tokenizer.
-DROPPED = re.compile(r"(loss\.|model_ema\.|colorize$|quantize\.codebook_used$|.*\.attn\.mask$)")
-# A transformer's checkpoint contains its tokenizer.
-FIRST_STAGE = "first_stage_model."
+# A transformer's checkpoint contains its tokenizers; what else it and latent-diffusion's models hold is no part of them.
+OTHER_PARTS = {
+    r"(transformer|permuter)\.": "the transformer",
+    r"(first_stage_model|cond_stage_model)\.": "another tokenizer",
+    r"(model|model_ema)\.|(betas|alphas_|sqrt_|log_|posterior_|lvlb_weights|scale_factor|logvar)": "a diffusion model",
+    r"loss\.": "the training losses",
+}
+TRAINING_ONLY = {
+    r"loss\.": "the training losses",
+    r"model_ema\.": "averaged weights",
+    r"colorize$": "colours for pictures of label maps",
+    r"quantize\.codebook_used$": "a count of used codes",
+}
+USED, CODEBOOK = "quantize.used", "quantize.embedding.weight"
 UNIT_NORM_TOLERANCE = 1e-5
 
 
-def import_tokenizer(file: str, format: str = "auto") -> Tokenizer:
+def import_tokenizer(
+    file: str, format: str = "auto", project: Project | None = None, part: Part = "first_stage"
+) -> Tokenizer:
     """A tokenizer from published weights, in eval mode, with its fingerprint.
 
-    The same weights give the same fingerprint under any of the three namings. Nothing in the file is executed.
+    The same weights give the same fingerprint under any of the three namings. Nothing in the file is executed. Every tensor is
+    either used or named in the log as one that a tokenizer does not need.
 
     Args:
         file: a local checkpoint (.ckpt, .pt, .bin, .safetensors), or a diffusers folder.
         format: "compvis", "llamagen", "diffusers", or "auto" to tell by the tensors' names.
+        project: the project file of the checkpoint; it must agree with the tensors.
+        part: which tokenizer of a transformer's checkpoint.
 
     Raises:
-        ConfigError: no such file or format.
+        ConfigError: no such file, format or part.
         ArtefactError: damaged, hostile, or not exactly the tensors of a VQGAN.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format}, but it must be auto, {', '.join(FORMATS)}. Choose one of them.")
-    path = _weights_file(file)
-    content = read_checkpoint(path)
-    tensors = _tensors(content, path)
-    marker = _read_marker(content, path)
+    return take_tokenizer(read_foreign(file), format, project, part)
+
+
+def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part: Part) -> Tokenizer:
+    """`import_tokenizer` from a file that is read already."""
+    foreign = _autoencoder(foreign, part)
+    tensors, path = foreign.tensors, foreign.path
     found = detect_format(list(tensors))
     if found is None or format not in ("auto", found):
         wanted = "CompVis, LlamaGen or diffusers VQGANs" if format == "auto" else format
@@ -69,10 +85,13 @@ def import_tokenizer(file: str, format: str = "auto") -> Tokenizer:
         )
     if found == "diffusers":
         _check_diffusers_config(os.path.join(os.path.dirname(path), DIFFUSERS_CONFIG))
+    described = project.autoencoder(f"{part}_config") if project is not None else None
     rename = renamer(found, count_levels(list(tensors), found))
-    config = infer_config(tensors, rename, marker, path)
+    config = infer_config(foreign, rename, described)
+    if described is not None and project is not None:
+        check_described(config, described, project.path, path)
     tokenizer = build_tokenizer(config, tensors, rename, path)
-    if found == "llamagen" and marker.get("codes") != "euclidean":
+    if found == "llamagen" and foreign.marker.get("codes") != "euclidean":
         _normalise_codebook(tokenizer)
     tokenizer.fingerprint = fingerprint(tokenizer)
     return tokenizer
@@ -89,7 +108,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, or the folder holds such files already.
+        ConfigError: no such format, none for this quantizer, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -99,6 +118,10 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
             raise ConfigError(f"output is {folder}, but {target} is there already. Choose another folder.")
     os.makedirs(folder, exist_ok=True)
     baked = tokenizer.baked()
+    if baked.config.quantizer != "vq":
+        raise ConfigError(
+            f"tokenizer.quantizer is {baked.config.quantizer}, but these formats only know nearest entries (vq). Keep the artefact itself."
+        )
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {
@@ -106,7 +129,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         "attention_resolutions": baked.config.attention_resolutions,
         "codes": "euclidean",
     }
-    if format == "llamagen" and not _is_unit(tensors["quantize.embedding.weight"]):
+    if format == "llamagen" and not _is_unit(tensors[CODEBOOK]):
         logger.warning(
             "The codebook of this tokenizer is not of unit length. LlamaGen's own code normalises it and gets other "
             "codes; importing the file here does not."
@@ -121,69 +144,50 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
     return path
 
 
-def _weights_file(file: str) -> str:
-    if os.path.isdir(file):
-        candidates = [os.path.join(file, name) for name in DIFFUSERS_WEIGHTS]
-        path = next((candidate for candidate in candidates if os.path.exists(candidate)), None)
-        if path is None:
-            raise ConfigError(
-                f"file is {file}, but this folder has no {' or '.join(DIFFUSERS_WEIGHTS)}. Name the file itself."
-            )
-        return path
-    if not os.path.exists(file):
-        raise ConfigError(f"file is {file}, but there is no such file. Check the path.")
-    return file
-
-
-def _tensors(content: dict[str, Any], path: str) -> dict[str, Tensor]:
-    """The tensors of the autoencoder alone."""
-    nested = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    named = {str(name): value for name, value in nested.items() if name != MARKER}
-    if any(name.startswith(FIRST_STAGE) for name in named):
-        named = {name.removeprefix(FIRST_STAGE): v for name, v in named.items() if name.startswith(FIRST_STAGE)}
-    kept = {current(name): value for name, value in named.items() if not DROPPED.match(name)}
-    strays = [name for name, value in kept.items() if not isinstance(value, Tensor)]
-    if strays:
-        raise ArtefactError(
-            f"{path} has {name_some(strays)}, but every weight must be a tensor. Choose the file of the weights."
-        )
-    broken = [name for name, value in kept.items() if not value.isfinite().all()]
-    if broken:
-        raise ArtefactError(
-            f"{path} has {name_some(broken)} with values that are not finite, but weights must be. Fetch it again."
-        )
-    return kept
-
-
-def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
-    if path.endswith(".safetensors"):
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(MARKER, "{}")
-        try:
-            marker = json.loads(text)
-        except json.JSONDecodeError as error:
+def _autoencoder(foreign: Foreign, part: Part) -> Foreign:
+    """The tensors of one autoencoder alone."""
+    prefix = f"{part}_model."
+    if foreign.has(prefix):
+        inner = foreign.part(prefix)
+        rest = foreign.without({prefix.replace(".", r"\."): f"the tokenizer {part}"}).without(OTHER_PARTS).tensors
+        if rest:
             raise ArtefactError(
-                f"{path} has damaged metadata ({error}), but {MARKER} must be JSON. Export it again."
-            ) from None
+                f"{foreign.path} has the unknown {name_some(rest)}, but beside {prefix}* it may hold only parts of "
+                "published models. Check that the model has no additions."
+            )
+    elif part == "first_stage":
+        inner = foreign
     else:
-        marker = content.get(MARKER, {})
-    if not _is_marker(marker):
+        raise ConfigError(f"--part is {part}, but {foreign.path} has no {prefix}*. Leave --part out.")
+    inner = inner.without(TRAINING_ONLY)
+    tensors = {current(name): tensor for name, tensor in inner.tensors.items()}
+    return _used_codes_only(Foreign(inner.path, tensors, inner.marker).checked())
+
+
+def _used_codes_only(foreign: Foreign) -> Foreign:
+    """Cuts a codebook to the codes that a `remap` keeps, so that code i is the i-th of them, as its transformer knows it."""
+    tensors = dict(foreign.tensors)
+    used = tensors.pop(USED, None)
+    codebook = tensors.get(CODEBOOK)
+    if used is None or codebook is None:
+        return foreign
+    if used.dim() != 1 or used.is_floating_point() or not 0 <= used.min() <= used.max() < len(codebook):
         raise ArtefactError(
-            f"{path} has {MARKER} {marker}, but resolutions must be positive integers. Export it again."
+            f"{foreign.path} has {USED} of shape {tuple(used.shape)}, but it must number entries of the codebook of "
+            f"{len(codebook)}. Fetch it again."
         )
-    return marker
-
-
-def _is_marker(marker: Any) -> bool:
-    if not isinstance(marker, dict) or not isinstance(marker.get("attention_resolutions", ()), list | tuple):
-        return False
-    numbers = [marker.get("resolution", PUBLISHED_RESOLUTION), *marker.get("attention_resolutions", ())]
-    return all(type(number) is int and number > 0 for number in numbers)
+    logger.warning(
+        "%s uses %d of %d codebook entries: the tokenizer has these only, and encodes to the nearest of them.",
+        foreign.path,
+        len(used),
+        len(codebook),
+    )
+    return Foreign(foreign.path, {**tensors, CODEBOOK: codebook[used]}, foreign.marker)
 
 
 def _normalise_codebook(tokenizer: Tokenizer) -> None:
     """LlamaGen compares unit vectors; with a unit codebook the Euclidean nearest entry is the same one."""
-    weight = tokenizer.quantize.embedding.weight
+    weight = tokenizer.quantize.get_parameter("embedding.weight")
     # Dividing a unit vector by its rounded norm again would change its last bits.
     if not _is_unit(weight):
         weight.copy_(F.normalize(weight, dim=-1))
@@ -214,6 +218,7 @@ def _diffusers_config(config: TokenizerConfig) -> dict[str, Any]:
         "sample_size": config.resolution,
         "num_vq_embeddings": config.codebook_size,
         "vq_embed_dim": config.codebook_dim,
+        "mid_block_add_attention": config.middle_attention,
         **DIFFUSERS_FIXED,
     }
 

@@ -1,12 +1,18 @@
 """Between uint8 pixels and what the networks see. The only place where pixel scaling is defined."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, H, W, C) in 0..255 to float32 (B, C, H, W) in [-1, 1] by x / 127.5 - 1, as the original system."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_one_hot(labels: Tensor, num_labels: int) -> Tensor:
+    """uint8 ids (B, H, W, 1) to float32 (B, num_labels, H, W) of 0 and 1, as the original system's segmentation tokenizers."""
+    return F.one_hot(labels[..., 0].long(), num_labels).permute(0, 3, 1, 2).float()
 
 
 def to_uint8(images: Tensor) -> Tensor:

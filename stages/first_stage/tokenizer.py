@@ -1,6 +1,7 @@
 """The tokenizer: images to codes and back."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +9,21 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError
 from stages.first_stage.blocks import NUM_GROUPS, Decoder, Encoder
-from stages.first_stage.quantizer import Quantized, VectorQuantizer
+from stages.first_stage.quantizers import Quantized, build_quantizer
+from stages.first_stage.quantizers.shape import codebook_shape
 from stages.options import ImageOptions, TokenizerOptions
+
+# Fields that came after the first fingerprints count only where they differ, so that what was there keeps its own.
+LATER_FIELDS: dict[str, Any] = {"middle_attention": True, "fsq_levels": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Architecture of a tokenizer; with the tensors it determines the fingerprint.
 
-    `quantizer` is "vq" (nearest entry, Euclidean) or, only while training, "vq-l2": saving bakes the normalised codebook, after
-    which Euclidean nearest neighbour gives the same codes.
+    `quantizer` is a name in `QUANTIZERS`. Saving bakes those that only differ in training from "vq" (nearest entry,
+    Euclidean) into one: "vq-l2", "vq-ema" and "simvq" are stored as "vq" with the codebook the decoder sees.
+    `middle_attention` is off in some published models.
     """
 
     resolution: int
@@ -31,6 +37,13 @@ class TokenizerConfig:
     z_channels: int
     quantizer: str = "vq"
     dropout: float = 0.0
+    middle_attention: bool = True
+    fsq_levels: tuple[int, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """What is stored and hashed."""
+        values = asdict(self).items()
+        return {name: value for name, value in values if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
     @property
     def downsample(self) -> int:
@@ -58,10 +71,13 @@ class Tokenizer(nn.Module):
             resolution=config.resolution,
             z_channels=config.z_channels,
             dropout=config.dropout,
+            middle_attention=config.middle_attention,
         )
         self.encoder = Encoder(in_channels=config.in_channels, **common)  # type: ignore[arg-type]
         self.decoder = Decoder(out_channels=config.in_channels, **common)  # type: ignore[arg-type]
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, config.quantizer == "vq-l2")
+        self.quantize = build_quantizer(
+            config.quantizer, config.codebook_size, config.codebook_dim, config.fsq_levels
+        )
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
@@ -92,10 +108,11 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def baked(self) -> "Tokenizer":
-        """This tokenizer as it is stored: Euclidean, with the codebook as the decoder sees it."""
-        config = TokenizerConfig(**{**self.config.__dict__, "quantizer": "vq", "dropout": 0.0})
-        copy = Tokenizer(config).to(self.quantize.embedding.weight.device)
-        copy.load_state_dict({**self.state_dict(), "quantize.embedding.weight": self.quantize.codebook()})
+        """This tokenizer as it is stored: without what only training needs, its quantizer of the simplest kind."""
+        kind, tensors = self.quantize.stored()
+        copy = Tokenizer(replace(self.config, quantizer=kind, dropout=0.0)).to(self.quant_conv.weight.device)
+        others = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantize.")}
+        copy.load_state_dict({**others, **{f"quantize.{name}": tensor for name, tensor in tensors.items()}})
         return copy.eval()
 
 
@@ -103,7 +120,8 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
     """The architecture asked for by a configuration.
 
     Raises:
-        ConfigError: the image cannot be halved that often, or a width does not fit the normalisation groups.
+        ConfigError: the image cannot be halved that often, a width does not fit the normalisation groups, or size and width
+            of the codebook contradict each other or the quantizer.
     """
     if options.base_channels % NUM_GROUPS:
         raise ConfigError(
@@ -116,11 +134,12 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
             f"images.size is {images.size}, but it must be a multiple of {factor}, since tokenizer.channel_multipliers has "
             f"{len(options.channel_multipliers)} levels. Use {-(-images.size // factor) * factor}, or fewer levels."
         )
+    codebook_size, codebook_dim = codebook_shape(options)
     return TokenizerConfig(
         resolution=images.size,
-        in_channels=images.channels,
-        codebook_size=options.codebook_size,
-        codebook_dim=options.codebook_dim,
+        in_channels=num_channels(options, images),
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
         base_channels=options.base_channels,
         channel_multipliers=options.channel_multipliers,
         num_res_blocks=options.num_res_blocks,
@@ -128,7 +147,24 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
         z_channels=options.z_channels,
         quantizer=options.quantizer,
         dropout=options.dropout,
+        fsq_levels=options.fsq_levels,
     )
+
+
+def num_channels(options: TokenizerOptions, images: ImageOptions) -> int:
+    """Channels of what is tokenized: of the images, one per label of a map of ids, or one of a map of numbers.
+
+    Raises:
+        ConfigError: labels are given, but images are tokenized.
+    """
+    if options.input == "image":
+        if options.num_labels is not None:
+            raise ConfigError(
+                f"tokenizer.num_labels is {options.num_labels}, but tokenizer.input is image. Name the map of labels, e.g. "
+                f"tokenizer.input=segmentation, or leave num_labels out."
+            )
+        return images.channels
+    return options.num_labels or 1
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -6,53 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.errors import ConfigError
-from stages.first_stage.discriminator import PatchDiscriminator, smallest_image
-from stages.first_stage.losses import (
-    adaptive_weight,
-    generator_loss,
-    hinge_discriminator_loss,
-    last_layer_grad_norm,
-    ramp,
-    reconstruction_loss,
-)
+from stages.first_stage.adversary import Adversary
+from stages.first_stage.discriminator import PatchDiscriminator
+from stages.first_stage.losses import adaptive_weight, label_loss, last_layer_grad_norm, reconstruction_loss
+from stages.first_stage.lpips import Lpips
+from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.weight_average import WeightAverage
 from stages.options import TokenizerTrainOptions
 from stages.schedule import warmup_constant, warmup_cosine
 
-
-def build_discriminator(options: TokenizerTrainOptions, in_channels: int, size: int) -> PatchDiscriminator | None:
-    """The discriminator asked for, or None when its weight is 0.
-
-    Raises:
-        ConfigError: the image is too small to leave one patch.
-    """
-    if options.discriminator_weight == 0:
-        return None
-    needed = smallest_image(options.discriminator_layers)
-    if size < needed:
-        raise ConfigError(
-            f"tokenizer_train.discriminator_layers is {options.discriminator_layers}, but that needs images of at least {needed} "
-            f"pixels and images.size is {size}. Use fewer layers."
-        )
-    return PatchDiscriminator(in_channels, options.discriminator_channels, options.discriminator_layers)
-
-
-class WeightAverage:
-    """Exponential moving average of a module's parameters, with a shorter memory over the first steps."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.num_updates = 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        names = list(self.average)
-        current = dict(module.named_parameters())
-        torch._foreach_lerp_([self.average[n] for n in names], [current[n].detach() for n in names], 1.0 - decay)
+BETAS = (0.5, 0.9)
 
 
 class FirstStageTrainer:
@@ -62,6 +26,8 @@ class FirstStageTrainer:
         tokenizer: trained in place.
         discriminator: or None to train without one.
         options: losses and schedules.
+        perceptual: the network of the perceptual term, or None where its weight is 0.
+        is_labels: inputs are one-hot labels, outputs their logits; the reconstruction is judged by binary cross entropy.
         wrap: makes a module data-parallel (identity for one process).
         all_reduce_mean: averages a tensor over the ranks, in place (no-op for one process).
     """
@@ -71,28 +37,25 @@ class FirstStageTrainer:
         tokenizer: Tokenizer,
         discriminator: PatchDiscriminator | None,
         options: TokenizerTrainOptions,
+        perceptual: Lpips | None = None,
+        is_labels: bool = False,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         all_reduce_mean: Callable[[Tensor], None] = lambda tensor: None,
     ):
-        self.options, self.all_reduce_mean = options, all_reduce_mean
+        self.options, self.perceptual, self.is_labels = options, perceptual, is_labels
+        self.loss_weights, self.all_reduce_mean = loss_weights(options), all_reduce_mean
+        tokenizer.quantize.configure(options)
         self.tokenizer, self.discriminator = tokenizer, discriminator
         self.tokenizer_parallel = wrap(tokenizer)
-        self.discriminator_parallel = None if discriminator is None else wrap(discriminator)
-        betas = (0.5, 0.9)
-        self.tokenizer_optimizer = torch.optim.AdamW(
-            tokenizer.parameters(), lr=0.0, betas=betas, weight_decay=0.0, fused=True
-        )
-        self.discriminator_optimizer = (
-            None
-            if discriminator is None
-            else torch.optim.AdamW(discriminator.parameters(), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-        )
+        self.tokenizer_optimizer = _optimizer(tokenizer)
+        self.adversary, self.discriminator_optimizer = None, None
+        if discriminator is not None:
+            self.adversary = Adversary(discriminator, wrap(discriminator), options, all_reduce_mean)
+            self.discriminator_optimizer = _optimizer(discriminator)
         self.average = WeightAverage(tokenizer, options.weight_average_decay)
-        self.device_type = next(tokenizer.parameters()).device.type
+        self.device = next(tokenizer.parameters()).device
         self.last_vectors_ND = torch.zeros(0, tokenizer.config.codebook_dim)
-        self.code_counts_K = torch.zeros(
-            tokenizer.codebook_size, dtype=torch.int64, device=next(tokenizer.parameters()).device
-        )
+        self.code_counts_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=self.device)
 
     def learning_rate(self, num_seen: int) -> float:
         """Learning rate after `num_seen` images."""
@@ -102,15 +65,19 @@ class FirstStageTrainer:
         return o.learning_rate * warmup_cosine(num_seen + o.global_batch_size, o.warmup_samples, o.num_samples, 0.01)
 
     def step(self, images_BCHW: Tensor, num_seen: int) -> dict[str, Tensor]:
-        """One step on float images in [-1, 1] after `num_seen` images; returns detached scalars to log.
+        """One step on float images in [-1, 1], or one-hot labels, after `num_seen` images; returns detached scalars to log.
 
         Returns:
-            reconstruction, codebook, commitment, and with a discriminator generator, discriminator, adversarial_weight.
+            reconstruction, the quantizer's losses, grad_norm; perceptual if there is such a term; generator and adversarial_weight
+            while that term counts; discriminator, logit_real, logit_fake (and lecam, r1) while the discriminator learns.
         """
+        self.tokenizer.quantize.advance(num_seen)
+        if num_seen == 0 and self.options.kmeans_start and self.tokenizer.quantize.row_tensors:
+            self._start_codebook(images_BCHW)
         learning_rate = self.learning_rate(num_seen)
         reconstructions, metrics = self._tokenizer_step(images_BCHW, num_seen, learning_rate)
-        if self.discriminator is not None:
-            metrics["discriminator"] = self._discriminator_step(images_BCHW, reconstructions, learning_rate)
+        if self.adversary is not None and self.adversary.learns(num_seen):
+            metrics |= self._discriminator_step(images_BCHW, reconstructions, num_seen, learning_rate)
         self.average.update(self.tokenizer)
         return metrics
 
@@ -118,33 +85,61 @@ class FirstStageTrainer:
         o = self.options
         with self._autocast():
             reconstructions, quantized = self.tokenizer_parallel(images)
-        reconstruction = reconstruction_loss(images, reconstructions, o.l1_weight, o.l2_weight)
-        loss = (
-            reconstruction
-            + o.codebook_weight * quantized.codebook_loss
-            + o.commitment_weight * quantized.commitment_loss
-        )
-        metrics = {
-            "reconstruction": reconstruction.detach(),
-            "codebook": quantized.codebook_loss.detach(),
-            "commitment": quantized.commitment_loss.detach(),
-        }
-        share = ramp(num_seen, o.discriminator_start_samples, o.discriminator_ramp_samples)
-        if self.discriminator is not None and share > 0:
+        reconstruction, metrics = self._reconstruction(images, reconstructions)
+        loss = reconstruction + sum(self.loss_weights[name] * value for name, value in quantized.losses.items())
+        metrics |= {name: value.detach() for name, value in quantized.losses.items()}
+        share = 0.0 if self.adversary is None else self.adversary.share(num_seen)
+        if self.adversary is not None and share > 0:
             with self._autocast():
-                self.discriminator.requires_grad_(False)
-                generator = generator_loss(self.discriminator(reconstructions))
-                self.discriminator.requires_grad_(True)
+                generator = self.adversary.judge(reconstructions)
             weight = share * o.discriminator_weight * self._balance(reconstruction, generator)
             loss = loss + weight * generator
             metrics |= {"generator": generator.detach(), "adversarial_weight": weight.detach()}
         loss.backward()
-        self._update(self.tokenizer, self.tokenizer_optimizer, learning_rate)
+        metrics["grad_norm"] = self._update(self.tokenizer, self.tokenizer_optimizer, learning_rate)
         self.code_counts_K += torch.bincount(quantized.codes_BHW.flatten(), minlength=len(self.code_counts_K))
         self.last_vectors_ND = quantized.vectors_ND
         return reconstructions.detach(), metrics
 
+    @torch.no_grad()
+    def _start_codebook(self, images_BCHW: Tensor) -> None:
+        with self._autocast():
+            z_BDHW = self.tokenizer.quant_conv(self.tokenizer.encoder(images_BCHW))
+        self.tokenizer.quantize.start(self.tokenizer.quantize(z_BDHW).vectors_ND)
+        self._copy_rows_to_average(torch.arange(self.tokenizer.codebook_size, device=z_BDHW.device))
+
+    def revive_dead_codes(self) -> int:
+        """Moves entries that no rank used since the last call onto the latest encoder outputs; returns how many."""
+        rows_M = self.tokenizer.quantize.revive(self.code_counts_K, self.last_vectors_ND)
+        self._copy_rows_to_average(rows_M)
+        self.code_counts_K.zero_()
+        return len(rows_M)
+
+    @torch.no_grad()
+    def _copy_rows_to_average(self, rows_M: Tensor) -> None:
+        """A moved entry has no past to average over."""
+        for name in self.tokenizer.quantize.row_tensors:
+            average = self.average.average.get(f"quantize.{name}")
+            if average is not None:
+                average[rows_M] = self.tokenizer.quantize.get_parameter(name)[rows_M]
+
+    def _reconstruction(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the original calls the negative log likelihood: all terms that compare with the input."""
+        o = self.options
+        if self.is_labels:
+            loss = label_loss(images, reconstructions)
+            return loss, {"reconstruction": loss.detach()}
+        loss = reconstruction_loss(images, reconstructions, o.l1_weight, o.l2_weight)
+        metrics = {}
+        if self.perceptual is not None:
+            with self._autocast():
+                perceptual = self.perceptual(images, reconstructions).mean()
+            loss = loss + o.perceptual_weight * perceptual
+            metrics["perceptual"] = perceptual.detach()
+        return loss, {"reconstruction": loss.detach(), **metrics}
+
     def _balance(self, reconstruction: Tensor, generator: Tensor) -> Tensor:
+        """The adaptive weight; its norms are averaged over the ranks, so that all use the same."""
         if not self.options.adaptive_weight:
             return torch.ones((), device=reconstruction.device)
         last_layer = self.tokenizer.decoder.conv_out.weight
@@ -154,30 +149,31 @@ class FirstStageTrainer:
         self.all_reduce_mean(norms)
         return adaptive_weight(norms[0], norms[1], self.options.max_adaptive_weight)
 
-    def _discriminator_step(self, images: Tensor, reconstructions: Tensor, learning_rate: float) -> Tensor:
-        assert self.discriminator is not None and self.discriminator_parallel is not None
-        with self._autocast():
-            logits = self.discriminator_parallel(torch.cat([images, reconstructions.to(images.dtype)]))
-        loss = hinge_discriminator_loss(*logits.chunk(2))
+    def _discriminator_step(
+        self, images: Tensor, reconstructions: Tensor, num_seen: int, learning_rate: float
+    ) -> dict[str, Tensor]:
+        assert self.adversary is not None and self.discriminator is not None
+        loss, metrics = self.adversary.loss(images, reconstructions, num_seen // self.options.global_batch_size)
         loss.backward()
         self._update(self.discriminator, self.discriminator_optimizer, learning_rate)
-        return loss.detach()
+        return metrics
 
-    def _update(self, module: nn.Module, optimizer: Any, learning_rate: float) -> None:
-        if self.options.grad_clip:
-            nn.utils.clip_grad_norm_(module.parameters(), self.options.grad_clip)
+    def _update(self, module: nn.Module, optimizer: Any, learning_rate: float) -> Tensor:
+        """An optimizer step; returns the norm of the gradient before it was clipped."""
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.options.grad_clip or float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.options.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
     def averaged_tokenizer(self) -> Tokenizer:
-        """A copy of the tokenizer with the averaged weights (the current ones when averaging is off)."""
-        copy = Tokenizer(self.tokenizer.config)
-        copy.load_state_dict(self.average.average if self.average.decay > 0 else self.tokenizer.state_dict())
+        """A copy of the tokenizer with the averaged weights (the current ones when averaging is off): the result of training."""
+        copy = Tokenizer(self.tokenizer.config).to(self.device)
+        copy.load_state_dict(self.average.state_of(self.tokenizer))
         return copy.eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,8 +185,8 @@ class FirstStageTrainer:
             "num_updates": self.average.num_updates,
             "code_counts": self.code_counts_K,
         }
-        if self.discriminator is not None and self.discriminator_optimizer is not None:
-            state["discriminator"] = self.discriminator.state_dict()
+        if self.adversary is not None and self.discriminator_optimizer is not None:
+            state["adversary"] = self.adversary.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         return state
 
@@ -200,6 +196,10 @@ class FirstStageTrainer:
         self.average.average = state["average"]
         self.average.num_updates = state["num_updates"]
         self.code_counts_K = state["code_counts"]
-        if self.discriminator is not None and self.discriminator_optimizer is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
+        if self.adversary is not None and self.discriminator_optimizer is not None:
+            self.adversary.load_state_dict(state["adversary"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+
+
+def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)

@@ -45,6 +45,25 @@ class ClassConditioning(Conditioning):
         return self.embedding(torch.where(labels_B < 0, self.num_classes, labels_B))[:, None]
 
 
+class CodesConditioning(Conditioning):
+    """Codes of another tokenizer, such as one of label maps or depth, before the codes of the image (Esser et al. 2020, section 3.2).
+
+    Args:
+        num_classes: of that tokenizer's codebook.
+        hidden_size: width.
+        num_prefix_tokens: codes per image.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, num_prefix_tokens: int):
+        super().__init__()
+        self.num_classes, self.num_prefix_tokens = num_classes, num_prefix_tokens
+        self.embedding = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels_BP: Tensor) -> Tensor:
+        """int64 codes (B, P), negative for null, to prefix (B, P, hidden_size)."""
+        return self.embedding(torch.where(labels_BP < 0, self.num_classes, labels_BP))
+
+
 class NoConditioning(Conditioning):
     """One learned start token, whatever the label."""
 
@@ -65,12 +84,20 @@ CONDITIONINGS = {
 }
 
 
-def open_conditioning(name: str, num_classes: int, hidden_size: int) -> Conditioning:
+def open_conditioning(name: str, num_classes: int, hidden_size: int, num_prefix_tokens: int = 1) -> Conditioning:
     """The conditioning of that name, or at that `package.module:Class`.
+
+    Args:
+        name: of it.
+        num_classes: of the code dataset, or of the codebook of "codes".
+        hidden_size: width.
+        num_prefix_tokens: of "codes"; the others know theirs.
 
     Raises:
         ConfigError: no such name.
     """
+    if name == "codes":
+        return CodesConditioning(num_classes, hidden_size, num_prefix_tokens)
     target = CONDITIONINGS.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:

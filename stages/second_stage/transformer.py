@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
+from stages.second_stage.blocks import Gelu, make_norm, silence_prefix
 from stages.second_stage.conditioning import open_conditioning
+from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate, swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,21 @@ class TransformerConfig:
     embedding_dropout: float
     qk_norm: bool
     rope_base: float
+    num_prefix_tokens: int = 1
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    ffn: str = "swiglu"
+    positions: str = "rope"
+    bias: bool = False
 
     @property
     def num_codes(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions fed: the prefix and all codes but the last."""
+        return self.num_prefix_tokens + self.num_codes - 1
 
     @property
     def head_size(self) -> int:
@@ -47,7 +60,9 @@ class TransformerConfig:
 
 
 def ffn_size(options: ModelOptions) -> int:
-    """Width of the SwiGLU layer: as given, or 8/3 of the hidden size rounded up to a multiple of 64."""
+    """Width inside the feed-forward layer: as given, or 8/3 of the hidden size rounded up to a multiple of 64, or 4 times with GELU."""
+    if options.ffn == "gelu":
+        return options.ffn_size or 4 * options.hidden_size
     return options.ffn_size or math.ceil(options.hidden_size * 8 / 3 / 64) * 64
 
 
@@ -62,9 +77,14 @@ def transformer_config(
     """The module asked for by the options, on a code dataset with these properties.
 
     Raises:
-        ConfigError: the heads do not divide the width into multiples of 4.
+        ConfigError: the heads do not divide the width, or with rotary positions not into multiples of 4.
     """
-    if options.hidden_size % (4 * options.num_heads):
+    if options.positions == "learned" and options.hidden_size % options.num_heads:
+        raise ConfigError(
+            f"model.hidden_size is {options.hidden_size}, but it must be a multiple of model.num_heads = {options.num_heads}. "
+            f"Use {math.ceil(options.hidden_size / options.num_heads) * options.num_heads}."
+        )
+    if options.positions != "learned" and options.hidden_size % (4 * options.num_heads):
         raise ConfigError(
             f"model.hidden_size is {options.hidden_size}, but it must be a multiple of 4 * model.num_heads = {4 * options.num_heads} "
             f"(2-D rotary positions). Use {math.ceil(options.hidden_size / 4 / options.num_heads) * 4 * options.num_heads}."
@@ -82,15 +102,25 @@ def transformer_config(
         embedding_dropout=options.embedding_dropout,
         qk_norm=options.qk_norm,
         rope_base=options.rope_base,
+        num_prefix_tokens=conditioning.num_tokens,
+        norm=options.norm,
+        norm_eps=options.norm_eps,
+        ffn=options.ffn,
+        positions=options.positions,
+        bias=options.bias,
     )
 
 
 def num_parameters(config: TransformerConfig) -> int:
     """Parameters of the module, without building it."""
     c = config
-    per_layer = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.ffn_size + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm
-    prefix = (c.num_classes + 1 if c.conditioning == "class" else 1) * c.hidden_size
-    return c.num_layers * per_layer + 2 * c.codebook_size * c.hidden_size + prefix + c.hidden_size
+    num_ffn, ffn_bias = (2, c.ffn_size + c.hidden_size) if c.ffn == "gelu" else (3, 2 * c.ffn_size + c.hidden_size)
+    per_norm = c.hidden_size * (2 if c.norm == "layer" else 1)
+    per_layer = 4 * c.hidden_size**2 + num_ffn * c.hidden_size * c.ffn_size + 2 * per_norm + 2 * c.head_size * c.qk_norm
+    per_layer += (4 * c.hidden_size + ffn_bias) * c.bias
+    prefix = (1 if c.conditioning == "none" else c.num_classes + 1) * c.hidden_size
+    positions = c.num_positions * c.hidden_size if c.positions == "learned" else 0
+    return c.num_layers * per_layer + 2 * c.codebook_size * c.hidden_size + prefix + positions + per_norm
 
 
 def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, base: float) -> Tensor:
@@ -101,12 +131,6 @@ def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, b
     columns = torch.arange(grid[1], dtype=torch.float32)[None, :, None] * frequencies
     angles = torch.cat([rows.expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
     return torch.cat([torch.zeros(num_prefix_tokens, 2 * num_pairs), angles])
-
-
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotates pairs (first half, second half) of the last dimension by the angles behind cos and sin."""
-    first, second = x_BHTD.chunk(2, dim=-1)
-    return torch.cat([first * cos_TD - second * sin_TD, first * sin_TD + second * cos_TD], dim=-1)
 
 
 class KVCache:
@@ -139,50 +163,55 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.is_rotary = config.positions != "learned"
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, config.bias)
+        self.out = Linear(config.hidden_size, config.hidden_size, config.bias)
+        self.q_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         b, t, c = x_BTC.shape
-        q, k, v = self.qkv(x_BTC).view(b, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        q = rotate(self.q_norm(q), cos_TD, sin_TD)
-        k = rotate(self.k_norm(k), cos_TD, sin_TD)
+        q, k, v = self.qkv(x_BTC).view(b, t, 3, self.num_heads, c // self.num_heads).unbind(2)
+        q, k, v = self.q_norm(q), self.k_norm(k), v.transpose(1, 2)
+        if self.is_rotary:
+            q, k = rotate(q, cos_TD, sin_TD), rotate(k, cos_TD, sin_TD)
+        else:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         # One new position sees everything before it, so only a whole sequence needs the mask.
-        mixed_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        mixed_BHTD = attention(q, k, v, is_causal=t > 1)
         return self.out(mixed_BHTD.transpose(1, 2).reshape(b, t, c))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, ffn_size: int):
+    def __init__(self, hidden_size: int, ffn_size: int, bias: bool = False):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * ffn_size, bias)
+        self.down = Linear(ffn_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added with dropout."""
+    """Pre-norm attention and feed-forward layer, each added with dropout."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.ffn = SwiGLU(config.hidden_size, config.ffn_size)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.ffn_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        is_gelu = config.ffn == "gelu"
+        self.ffn = (Gelu if is_gelu else SwiGLU)(config.hidden_size, config.ffn_size, config.bias)
+        self.dropout = config.residual_dropout
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cos_TD, sin_TD, cache, layer))
-        return x_BTC + self.dropout(self.ffn(self.ffn_norm(x_BTC)))
+        mixed_BTC = self.attention(self.attention_norm(x_BTC), cos_TD, sin_TD, cache, layer)
+        x_BTC = add_dropout(x_BTC, mixed_BTC, self.dropout, self.training)
+        return add_dropout(x_BTC, self.ffn(self.ffn_norm(x_BTC)), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -196,12 +225,16 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, *, checkpoint_activations: bool = False):
         super().__init__()
         self.config, self.checkpoint_activations = config, checkpoint_activations
-        self.conditioning = open_conditioning(config.conditioning, config.num_classes, config.hidden_size)
+        self.conditioning = open_conditioning(
+            config.conditioning, config.num_classes, config.hidden_size, config.num_prefix_tokens
+        )
         self.code_embedding = nn.Embedding(config.codebook_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        is_learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size) if is_learned else None
+        self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.head = Linear(config.hidden_size, config.codebook_size)
         self.apply(self._initialize)
         nn.init.zeros_(self.head.weight)
 
@@ -212,8 +245,10 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, Attention):  # visited after its own linear layers
             nn.init.normal_(module.out.weight, std=branch_std)
-        elif isinstance(module, SwiGLU):
+        elif isinstance(module, SwiGLU | Gelu):
             nn.init.normal_(module.down.weight, std=branch_std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def forward(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
         """Logits of every code of whole sequences, (B, L, V), for int64 codes (B, L) and labels (B,)."""
@@ -236,6 +271,10 @@ class Transformer(nn.Module):
             x_BTC.device
         )
         cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
+        if self.position_embedding is not None:
+            x_BTC = x_BTC + self.position_embedding(torch.arange(start, start + t, device=x_BTC.device))
+        if config.positions == "rope-zero-prefix":
+            cos_TD = silence_prefix(cos_TD, prefix - start)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:

@@ -9,6 +9,7 @@ from train_support import RECIPE, log_of, losses, options_for, start, train
 
 from cluster import checkpoints, train_loop, train_metrics
 from cluster import train_step as train_step_module
+from cluster import training_run
 from cluster.verify_run import verify_run
 from pipeline.order import batch_index
 from stages.second_stage.transformer import nll
@@ -97,7 +98,7 @@ def test_skipped_batches_are_passed_over():
 
 
 def leave_at_once():
-    train_loop.LOOK_AROUND_SECONDS = 0.0
+    training_run.LOOK_AROUND_SECONDS = 0.0
 
 
 def always():

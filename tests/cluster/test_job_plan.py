@@ -36,6 +36,7 @@ def test_derived_numbers():
         "views": 2,
         "rows": 2000,
         "codes per image": 64,
+        "codebook size": 1024,
         "bits per code": 10,
         "bytes per row": 80,
         "bytes of codes": 160_000,
@@ -44,6 +45,21 @@ def test_derived_numbers():
     assert derived["training"]["gradient accumulation steps"] == 2
     assert derived["training"]["steps per epoch"] == 16
     assert "ZeRO-3" in render(config(), derived)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, size, bits",
+    [
+        ({"quantizer": "fsq", "codebook_size": None, "fsq_levels": [8, 8, 8, 6, 5]}, 15_360, 14),
+        ({"quantizer": "lfq", "codebook_size": None, "codebook_dim": 12}, 4096, 12),
+        ({"quantizer": "bsq", "codebook_size": 512}, 512, 9),
+        ({"quantizer": "gumbel", "codebook_size": 8192}, 8192, 13),
+    ],
+)
+def test_the_quantizer_decides_the_bits(tokenizer, size, bits):
+    derived = derive(config(tokenizer=tokenizer), num_images=1000, num_classes=10)["code dataset"]
+    assert (derived["codebook size"], derived["bits per code"]) == (size, bits)
+    assert derived["bytes per row"] == 64 * bits // 8
 
 
 def test_the_state_of_a_rank_is_what_deepspeed_keeps():
@@ -122,6 +138,19 @@ def test_the_command_takes_several_files_and_a_gpu(tmp_path, capsys):
     [
         ({"train": {"global_batch_size": 250}}, ["train.global_batch_size is 250", "multiple of", "32", "Use 256"]),
         ({"tokenizer": {"codebook_size": 100_000}}, ["tokenizer.codebook_size is 100000", "17 bits", "65536"]),
+        ({"tokenizer": {"quantizer": "fsq"}}, ["tokenizer.fsq_levels is empty"]),
+        (
+            {"tokenizer": {"quantizer": "lfq", "codebook_size": 1024, "codebook_dim": 8}},
+            ["codebook_size is 1024", "codebook_dim=8", "256"],
+        ),
+        (
+            {"tokenizer": {"quantizer": "bsq", "codebook_size": None, "codebook_dim": 18}},
+            ["262144", "18 bits", "65536"],
+        ),
+        (
+            {"tokenizer": {"quantizer": "gumbel"}, "tokenizer_train": {"entropy_weight": 0.5}},
+            ["tokenizer_train.entropy_weight is 0.5", "quantizer=gumbel"],
+        ),
         ({"images": {"size": 30}}, ["images.size is 30", "multiple of 4"]),
         ({"tokenizer_train": {"discriminator_weight": 1.0, "discriminator_layers": 5}}, ["discriminator_layers is 5"]),
         ({"optim": {"betas": [0.9]}}, ["optim.betas", "two numbers"]),

@@ -251,12 +251,13 @@ def test_hours(seconds, text):
     assert hours(seconds) == text
 
 
-def scraped(prefix):
-    """Value by name and tags of everything this node tells Prometheus under names with a prefix; nothing until it does."""
+def scraped(prefix, tag):
+    """Value by name and tags of everything with a tag that this node tells Prometheus under names with a prefix."""
     url = f"http://{ray.nodes()[0]['NodeManagerAddress']}:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     text = urllib.request.urlopen(url).read().decode()
     found = re.findall(rf"^({prefix}\w*){{(.*)}} (\S+)$", text, re.MULTILINE)
-    return {(name, *sorted(re.findall(r'\b((?:run|part)="[^"]*")', tags))): float(value) for name, tags, value in found}
+    named = ((name, sorted(re.findall(r'\b((?:run|part)="[^"]*")', tags)), float(value)) for name, tags, value in found)
+    return {(name, *tags): value for name, tags, value in named if tag in tags}
 
 
 @pytest.mark.ray
@@ -278,8 +279,8 @@ def test_prometheus_sees_a_run_and_the_dashboard_asks_for_what_is_there(ray_clus
     worker = Worker.remote()
     records = [record(step, grad_norm=0.5 if step == 3 else math.nan) for step in range(4)]
     ray.get(worker.train.remote(records, SECONDS, SETTINGS))
-    found = until(lambda: scraped("ray_tessera_train_"))
     tag = f'run="{run}"'
+    found = until(lambda: scraped("ray_tessera_train_", tag))
     expected = {
         "step": 4.0,
         "loss": 4.0,

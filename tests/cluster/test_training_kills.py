@@ -23,7 +23,7 @@ TRAIN = {"num_steps": 9, "checkpoint_every_steps": 3}
 POINTS = ("step", "save", "publish", "commit", "committed", "prune")
 TARGETS = {
     "step": (train_loop, "train_step"),
-    "save": (checkpointer.Checkpointer, "_save"),
+    "save": (train_loop, "save_engine"),
     "publish": (checkpointer.Checkpointer, "_publish"),
     "commit": (checkpoints, "write_commit"),
     "committed": (checkpoints, "write_commit"),
@@ -172,6 +172,7 @@ def kill_something(cluster, driver, victim, choice):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1800)  # eight restarts of everything, on whatever machine
 @pytest.mark.parametrize(
     "victims, zero_stage",
     [

@@ -4,14 +4,19 @@ import dataclasses
 
 import pytest
 import torch
+from quantizer_support import QUANTIZER_SHAPES
 from tests_support import TINY_TOKENIZER
 
 from stages.first_stage.artefact import load_tokenizer, save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 
 CONFIGS = {
-    "vq": dataclasses.replace(TINY_TOKENIZER, quantizer="vq"),
-    "vq-l2": TINY_TOKENIZER,
+    **{
+        kind: dataclasses.replace(
+            TINY_TOKENIZER, quantizer=kind, codebook_size=size, codebook_dim=dim, fsq_levels=levels
+        )
+        for kind, (size, dim, levels) in QUANTIZER_SHAPES.items()
+    },
     "grey": dataclasses.replace(TINY_TOKENIZER, in_channels=1),
     "attention": dataclasses.replace(TINY_TOKENIZER, attention_resolutions=(8,)),
 }

@@ -1,15 +1,17 @@
 """The tokenizer artefact: written once, read strictly, every damage named."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 import torch
+from quantizer_support import QUANTIZER_SHAPES
 from tests_support import TINY_TOKENIZER
 
 from stages.errors import ArtefactError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, save_tokenizer
-from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer import LATER_FIELDS, Tokenizer, TokenizerConfig
 
 
 @pytest.fixture
@@ -70,4 +72,51 @@ def test_unfinished_and_foreign_folders_are_refused(tokenizer, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(content))
     os.remove(tmp_path / WEIGHTS)
     with pytest.raises(ArtefactError, match="damaged"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_fingerprints_of_existing_tokenizers_stay(tokenizer):
+    """A new option or quantizer must not change what older artefacts are known by."""
+    plain = Tokenizer(dataclasses.replace(TINY_TOKENIZER, quantizer="vq"))
+    with torch.no_grad():
+        for i, parameter in enumerate(plain.parameters()):
+            values = torch.arange(parameter.numel()).remainder(7) - 3
+            parameter.copy_(values.view(parameter.shape) / (8 + i))
+    assert fingerprint(plain) == "71d3739c56c663a6e952c49b99287ba090ff6276299e1ebf0a681a2f4d153fe5"
+
+
+@pytest.mark.parametrize("kind", QUANTIZER_SHAPES)
+def test_only_levels_add_a_key(kind, tmp_path):
+    size, dim, levels = QUANTIZER_SHAPES[kind]
+    config = dataclasses.replace(
+        TINY_TOKENIZER, quantizer=kind, codebook_size=size, codebook_dim=dim, fsq_levels=levels
+    )
+    save_tokenizer(Tokenizer(config), str(tmp_path))
+    content = json.loads((tmp_path / CONFIG).read_text())
+    names = {f.name for f in dataclasses.fields(TokenizerConfig)} - LATER_FIELDS.keys()
+    assert content.keys() - {"format", "format_version", "fingerprint"} == names | ({"fsq_levels"} if levels else set())
+    assert content["quantizer"] == ("vq" if kind in ("vq", "vq-l2", "vq-ema", "simvq") else kind)
+    assert (content["codebook_size"], content["codebook_dim"]) == (size, dim)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantizer": "cubic"},
+        {"quantizer": "lfq"},
+        {"codebook_size": 61},
+        {"fsq_levels": [4, 3, 6]},
+        {"fsq_levels": None},
+        {"codebook_dim": None},
+    ],
+)
+def test_a_contradictory_configuration_is_damage(change, tmp_path):
+    size, dim, levels = QUANTIZER_SHAPES["fsq"]
+    config = dataclasses.replace(
+        TINY_TOKENIZER, quantizer="fsq", codebook_size=size, codebook_dim=dim, fsq_levels=levels
+    )
+    save_tokenizer(Tokenizer(config), str(tmp_path))
+    content = json.loads((tmp_path / CONFIG).read_text()) | change
+    (tmp_path / CONFIG).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(ArtefactError, match="damaged tokenizer"):
         load_tokenizer(str(tmp_path))

@@ -8,6 +8,7 @@ import torch
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
+from stages.second_stage.operations import rotate
 from stages.second_stage.transformer import (
     KVCache,
     Transformer,
@@ -15,7 +16,6 @@ from stages.second_stage.transformer import (
     num_parameters,
     parameter_groups,
     rope_angles,
-    rotate,
     transformer_config,
 )
 

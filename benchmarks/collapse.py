@@ -1,0 +1,192 @@
+"""Whether a discriminator that is switched on ruins the reconstructions: at several points of training, three seeds.
+
+    python benchmarks/collapse.py tiles/train [--vgg vgg16.pth --heads vgg.pth] [--output collapse.json]
+
+One tokenizer per seed is trained without an adversary's term up to each switch; from there on with it. Right before the switch, and
+at several points after it, the same held-out crops are reconstructed by the averaged weights, as they would be published. What
+counts is the worst of the points after the switch over the one before: of the Fréchet distance of EfficientNet-Lite0 features and,
+where weights are given, of LPIPS.
+"""
+
+import sys
+
+if not __package__:  # run as a file: this folder would hide Python's own module `tokenize`
+    sys.path[0] = sys.path[0].rpartition("/")[0]
+
+import argparse
+import json
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluation.extractors import open_extractor
+from evaluation.frechet import Reference, frechet_distance
+from evaluation.statistics import GaussianStatistics
+from pipeline.image_order import augmentation
+from pipeline.perceptual import load_lpips
+from pipeline.views import render
+from stages.first_stage.discriminator import build_discriminator
+from stages.first_stage.lpips import Lpips
+from stages.first_stage.pixels import to_float, to_uint8
+from stages.first_stage.tokenizer import Tokenizer, psnr, tokenizer_config
+from stages.first_stage.training import FirstStageTrainer
+from stages.hashing import hash64
+from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
+
+logger = logging.getLogger("collapse")
+
+IMAGES = ImageOptions(size=32)
+TOKENIZER = TokenizerOptions(
+    codebook_size=512,
+    codebook_dim=8,
+    base_channels=32,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    z_channels=64,
+)
+NEVER = 10**9
+
+
+def options_for(num_steps: int, switch: int, batch_size: int, weight: float) -> TokenizerTrainOptions:
+    """The recipe: a warm discriminator, a ramp of a tenth of the training, a capped adaptive weight, LeCam, a low weight."""
+    return TokenizerTrainOptions(
+        num_samples=num_steps * batch_size,
+        global_batch_size=batch_size,
+        learning_rate=1e-3,
+        warmup_samples=20 * batch_size,
+        decay="none",
+        weight_average_decay=0.99,
+        discriminator_weight=weight,
+        discriminator_channels=32,
+        discriminator_layers=2,
+        discriminator_start_samples=switch * batch_size,
+        discriminator_warm_samples=num_steps // 5 * batch_size,
+        discriminator_ramp_samples=num_steps // 10 * batch_size,
+        max_adaptive_weight=10.0,
+        lecam_weight=0.01,
+        revive_every_steps=50,
+        precision="fp32",
+    )
+
+
+class Crops:
+    """Random crops of image files in memory, each a function of its number."""
+
+    def __init__(self, folder: str, limit: int):
+        paths = sorted(pathlib.Path(folder).rglob("*.png"))[:limit]
+        self.images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+    def take(self, numbers: np.ndarray, seed: int) -> Tensor:
+        """uint8 (n, size, size, 3)."""
+        keys = hash64(seed, numbers)
+        chosen = [self.images[int(key % np.uint64(len(self.images)))] for key in keys]
+        views = [
+            render(image, augmentation(int(key), *image.shape[:2], min_crop=0.125, flips=True), IMAGES)
+            for image, key in zip(chosen, keys)
+        ]
+        return torch.from_numpy(np.stack(views))
+
+
+class Judge:
+    """Measures a tokenizer on crops that no training sees."""
+
+    def __init__(self, held_out: Tensor, lpips: Lpips | None):
+        self.held_out, self.lpips = held_out, lpips
+        self.extractor = open_extractor("efficientnet-lite0", 64)
+        self.real = Reference.of(GaussianStatistics.of(self.extractor(held_out.numpy())))
+
+    @torch.no_grad()
+    def __call__(self, tokenizer: Tokenizer) -> dict[str, float]:
+        batches = []
+        for pixels in self.held_out.split(128):
+            codes = tokenizer.encode(to_float(pixels)).view(len(pixels), *tokenizer.grid(IMAGES.size))
+            batches.append(to_uint8(tokenizer.decode(codes)))
+        made = torch.cat(batches)
+        values = {"psnr": psnr(self.held_out, made).mean().item()}
+        values["fd"] = frechet_distance(GaussianStatistics.of(self.extractor(made.numpy())), self.real)
+        if self.lpips is not None:
+            values["lpips"] = self.lpips(to_float(self.held_out), to_float(made)).mean().item()
+        return values
+
+
+def run_seed(seed: int, crops: Crops, judge: Judge, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One training per switch, which share their beginning up to where the discriminator starts to learn."""
+    results = []
+    for switch in args.switches:
+        torch.manual_seed(seed)
+        options = options_for(args.num_steps, switch, args.batch_size, args.weight)
+        trainer = FirstStageTrainer(
+            Tokenizer(tokenizer_config(TOKENIZER, IMAGES)), build_discriminator(options, 3, IMAGES.size), options
+        )
+        after = np.linspace(switch, args.num_steps, args.num_points + 1).astype(int)[1:]
+        before: dict[str, float] = {}
+        points = []
+        for step in range(args.num_steps):
+            if step == switch:
+                before = judge(trainer.averaged_tokenizer())
+            numbers = step * args.batch_size + np.arange(args.batch_size)
+            trainer.step(to_float(crops.take(numbers, seed)), step * args.batch_size)
+            if (step + 1) % options.revive_every_steps == 0 and step < 0.8 * args.num_steps:
+                trainer.revive_dead_codes()
+            if step + 1 in after:
+                points.append({"step": step + 1, **judge(trainer.averaged_tokenizer())})
+        result = {"seed": seed, "switch": switch, "before": before, "after": points, "ratios": ratios(before, points)}
+        logger.info("%s", json.dumps(result))
+        results.append(result)
+    return results
+
+
+def ratios(before: dict[str, float], after: list[dict[str, float]]) -> dict[str, float]:
+    """The worst point after the switch over the point before it, of what shall be low."""
+    return {name: max(point[name] for point in after) / before[name] for name in ("fd", "lpips") if name in before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tiles", help="folder of PNG files")
+    parser.add_argument("--vgg", help="VGG16 weights, for LPIPS")
+    parser.add_argument("--heads", help="its linear heads")
+    parser.add_argument("--num-steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--switches", type=int, nargs="+", default=[100, 250, 400])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num-points", type=int, default=3, help="measured after each switch")
+    parser.add_argument("--num-held-out", type=int, default=512)
+    parser.add_argument("--weight", type=float, default=0.2, help="of the adversarial term")
+    parser.add_argument("--output", help="JSON file for every number")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    lpips = None
+    if args.vgg:
+        names = TokenizerTrainOptions(perceptual_weight=1.0, perceptual_vgg=args.vgg, perceptual_heads=args.heads)
+        loaded = load_lpips(names)
+        lpips = None if loaded is None else loaded[0]
+    crops = Crops(args.tiles, limit=2000)
+    judge = Judge(crops.take(np.arange(args.num_held_out), seed=NEVER), lpips)
+    results = []
+    for seed in args.seeds:
+        results += run_seed(seed, crops, judge, args)
+        if args.output:
+            pathlib.Path(args.output).write_text(json.dumps(results, indent=1))
+    print("| seed | switched on at step | FD before | worst FD after | ratio | LPIPS before | worst after | ratio |\n" + "|---" * 8 + "|")
+    for result in results:
+        cells = [str(result["seed"]), str(result["switch"])]
+        for name in ("fd", "lpips"):
+            if name in result["before"]:
+                worst = max(point[name] for point in result["after"])
+                cells += [f"{result['before'][name]:.4g}", f"{worst:.4g}", f"{result['ratios'][name]:.2f}"]
+            else:
+                cells += ["-", "-", "-"]
+        print("| " + " | ".join(cells) + " |")
+    worst = max(value for result in results for value in result["ratios"].values())
+    print(f"\nNothing got worse by more than {100 * (worst - 1):.0f} %." if worst > 1 else "\nNothing got worse.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The options of the `train-tokenizer` job, what follows from them, and which of them a training may change midway."""
+
+import dataclasses
+
+from pipeline import storage
+from stages.config import to_dict
+from stages.errors import ConfigError
+from stages.first_stage.discriminator import build_discriminator
+from stages.first_stage.quantizers.loss_weights import check_losses
+from stages.first_stage.tokenizer import tokenizer_config
+from stages.options import (
+    ImageOptions,
+    RunOptions,
+    ScalingOptions,
+    SourceOptions,
+    TokenizerOptions,
+    TokenizerTrainOptions,
+)
+
+# What may differ when a training goes on: none of it changes what a step computes, but for the order of sums among ranks.
+FREE = {
+    "tokenizer_train": {
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "log_every_steps",
+        "max_rollbacks",
+        "perceptual_heads",
+        "perceptual_vgg",
+        "skip_batches",
+        "spike_threshold",
+    },
+    "run": {"path"},
+    "source": {"holdout_fraction", "holdout_path", "num_holdout_images", "path", "split"},
+    "images": {"views"},
+    "tokenizer": {"path"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerJobOptions:
+    """The sections that `train-tokenizer` takes."""
+
+    run: RunOptions
+    source: SourceOptions
+    images: ImageOptions
+    tokenizer: TokenizerOptions
+    tokenizer_train: TokenizerTrainOptions
+    scaling: ScalingOptions
+
+
+def training_path(tokenizer_path: str) -> str:
+    """Folder of a tokenizer's training history."""
+    return storage.join(tokenizer_path, "training")
+
+
+def num_steps(train: TokenizerTrainOptions) -> int:
+    """Optimizer steps after which `num_samples` images were seen."""
+    return -(-train.num_samples // train.global_batch_size)
+
+
+def check_training(options: TokenizerJobOptions) -> None:
+    """Refuses options that cannot work together.
+
+    Raises:
+        ConfigError: naming the keys, the values and the rule.
+    """
+    train = options.tokenizer_train
+    check_networks(options.tokenizer, train, options.images)
+    if train.perceptual_weight > 0 and train.perceptual_vgg is None:
+        raise ConfigError(
+            f"tokenizer_train.perceptual_weight is {train.perceptual_weight}, but tokenizer_train.perceptual_vgg names no weights. "
+            f"Name a file of VGG16 weights, or set the weight to 0."
+        )
+    check_batch(options)
+
+
+def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> int:
+    """Refuses a tokenizer, losses and discriminator that do not fit each other or the images; the size of the codebook.
+
+    Raises:
+        ConfigError: naming the keys, the values and the rule.
+    """
+    config = tokenizer_config(tokenizer, images)
+    check_losses(tokenizer.quantizer, train)
+    build_discriminator(train, config.in_channels, images.size)
+    for key in ("discriminator_weight", "perceptual_weight"):
+        if tokenizer.num_labels is not None and getattr(train, key) > 0:
+            raise ConfigError(
+                f"tokenizer_train.{key} is {getattr(train, key)}, but labels (tokenizer.num_labels) are trained by cross entropy "
+                f"alone. Set it to 0."
+            )
+    return config.codebook_size
+
+
+def check_batch(options: TokenizerJobOptions) -> None:
+    """Refuses a number of workers that changes, and a global batch that the workers do not divide."""
+    size, scaling = options.tokenizer_train.global_batch_size, options.scaling
+    workers = scaling.max_workers
+    if scaling.min_workers != workers:
+        raise ConfigError(
+            f"scaling.num_workers is [{scaling.min_workers}, {workers}], but train-tokenizer runs with a fixed number. Give one."
+        )
+    if size % workers:
+        raise ConfigError(
+            f"tokenizer_train.global_batch_size is {size}, but it must be a multiple of scaling.num_workers = {workers}. "
+            f"Use {-(-size // workers) * workers}."
+        )
+
+
+def fixed_options(options: TokenizerJobOptions) -> dict[str, dict[str, object]]:
+    """The options that a training keeps from its first step to its last. A longer one is another one unless the rate is constant."""
+    fixed = {
+        section: {key: value for key, value in values.items() if key not in FREE.get(section, ())}
+        for section, values in to_dict(options).items()
+        if section != "scaling"
+    }
+    if options.tokenizer_train.decay == "none":
+        del fixed["tokenizer_train"]["num_samples"]
+    return fixed

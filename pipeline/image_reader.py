@@ -1,0 +1,108 @@
+"""Training images of a tokenizer: fetched, decoded, cut out and resized, or condition maps of them, as uint8 pixels."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.image_order import ImageOrder, augmentation
+from pipeline.order import batch_index
+from pipeline.sources import Source
+from pipeline.views import render, render_map
+from stages.errors import BadImage, ConfigError
+from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
+
+logger = logging.getLogger(__name__)
+
+MAX_SUBSTITUTES = 16  # in a row
+
+
+class ImageReader:
+    """Reads entries of global batches. Small and picklable: it travels to the tasks that read.
+
+    An image that cannot be used is named in the log, and another, which follows from the order alone, takes its place.
+
+    Args:
+        source: of the images.
+        order: of the training.
+        images: their size and channels.
+        tokenizer: what is tokenized.
+        train: how it is augmented.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: ImageOrder,
+        images: ImageOptions,
+        tokenizer: TokenizerOptions,
+        train: TokenizerTrainOptions,
+    ):
+        self.source, self.order, self.images, self.tokenizer, self.train = source, order, images, tokenizer, train
+
+    def read_step(self, step: int, entries: slice, skipped: Any, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """A rank's entries of the global batch that a step consumes.
+
+        Args:
+            step: counted from 0 over the training.
+            entries: of the global batch.
+            skipped: ranges of global batches that are left out, as for `pipeline.order.batch_index`.
+            table: the image list, of which `uri` is read.
+
+        Returns:
+            Rows int64 (b,) and pixels uint8 (b, size, size, C): of a map of labels the ids, of one of numbers 255 times them.
+
+        Raises:
+            ConfigError: the source has no such map, a label is out of range, or no image in a row of many can be used.
+            OSError: the storage fails.
+        """
+        batch = self.order.batch(batch_index(step, skipped))
+        rows, keys = batch.rows[entries], batch.keys[entries]
+        pixels = [self._read_entry(int(row), int(key), table) for row, key in zip(rows, keys)]
+        return rows, np.stack(pixels)
+
+    def _read_entry(self, row: int, key: int, table: pa.Table) -> np.ndarray:
+        for attempt in range(MAX_SUBSTITUTES):
+            uri = table["uri"][row].as_py()
+            try:
+                return self._read(uri, key)
+            except BadImage as error:
+                logger.warning("Image %s cannot be used, another takes its place: %s (%s)", uri, error.kind, error.message)
+                row = self.order.substitute(key, attempt)
+        raise ConfigError(
+            f"source.name is {type(self.source).__name__}, but {MAX_SUBSTITUTES} images in a row cannot be used, the last {uri}. "
+            f"See the log for what is wrong with each, and mend the images."
+        )
+
+    def _read(self, uri: str, key: int) -> np.ndarray:
+        example = self.source.decode(self.source.fetch(uri))
+        height, width = example.image.shape[:2]
+        if 0 in (height, width):
+            raise BadImage("too-small", f"the image has {width} x {height} pixels")
+        crop = augmentation(key, height, width, min_crop=self.train.min_crop, flips=self.train.random_flip)
+        name, size = self.tokenizer.input, self.images.size
+        if name == "image":
+            return render(example.image, crop, self.images)
+        if name not in example.conditions:
+            known = ", ".join(["image", *example.conditions])
+            raise ConfigError(f"tokenizer.input is {name}, but images of this source have {known}. Choose one of these.")
+        values = example.conditions[name]
+        self._check_map(name, values, uri)
+        return render_map(values, crop, (size, size))[..., None]
+
+    def _check_map(self, name: str, values: np.ndarray, uri: str) -> None:
+        num_labels, is_float = self.tokenizer.num_labels, values.dtype.kind == "f"
+        if num_labels is None and not is_float:
+            raise ConfigError(
+                f"tokenizer.num_labels is not set, but tokenizer.input is {name}, a map of ids. Set it above the largest id."
+            )
+        if num_labels is not None and is_float:
+            raise ConfigError(
+                f"tokenizer.num_labels is {num_labels}, but tokenizer.input is {name}, a map of numbers. Leave it out."
+            )
+        if num_labels is not None and values.max() >= num_labels:
+            raise ConfigError(
+                f"tokenizer.num_labels is {num_labels}, but the {name} of {uri} has the id {values.max()}. Use at least "
+                f"{values.max() + 1}."
+            )

@@ -1,0 +1,142 @@
+"""Checkpoint files of other projects as named tensors, with nothing taken over or left out unsaid."""
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.unpickle import read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Beside the tensors of an export: what they cannot tell. Foreign readers pass over it.
+MARKER = "tessera"
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+CONTAINERS = ("state_dict", "model", "module")  # Lightning; LlamaGen; LlamaGen under DeepSpeed
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The tensors of a checkpoint, or of a part of it.
+
+    Attributes:
+        path: the file, for messages.
+        tensors: by their names there.
+        marker: what an export of ours wrote beside them.
+    """
+
+    path: str
+    tensors: dict[str, Tensor]
+    marker: dict[str, Any]
+
+    def has(self, prefix: str) -> bool:
+        """Whether any name starts like this."""
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def part(self, prefix: str) -> "Foreign":
+        """The tensors whose names start with `prefix`, without it."""
+        kept = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return replace(self, tensors=kept)
+
+    def without(self, kinds: dict[str, str]) -> "Foreign":
+        """Leaves out tensors whose names match, and says so.
+
+        Args:
+            kinds: what they are, by the pattern of their names.
+        """
+        left: dict[str, list[str]] = {}
+        for name in self.tensors:
+            kind = next((kind for pattern, kind in kinds.items() if re.match(pattern, name)), None)
+            if kind is not None:
+                left.setdefault(kind, []).append(name)
+        if left:
+            counts = ", ".join(f"{len(names)} of {kind} ({name_some(names, 1)})" for kind, names in left.items())
+            logger.info("Left out of %s: %s", self.path, counts)
+        dropped = {name for names in left.values() for name in names}
+        return replace(self, tensors={name: t for name, t in self.tensors.items() if name not in dropped})
+
+    def checked(self) -> "Foreign":
+        """Itself.
+
+        Raises:
+            ArtefactError: something is no tensor, or has values that are not finite.
+        """
+        strays = [name for name, value in self.tensors.items() if not isinstance(value, Tensor)]
+        if strays:
+            raise ArtefactError(
+                f"{self.path} has {name_some(strays)}, but every weight must be a tensor. Choose the file of the weights."
+            )
+        broken = [name for name, value in self.tensors.items() if not value.isfinite().all()]
+        if broken:
+            raise ArtefactError(
+                f"{self.path} has {name_some(broken)} with values that are not finite, but weights must be. Fetch it again."
+            )
+        return self
+
+
+def read_foreign(file: str) -> Foreign:
+    """Everything a checkpoint file, or a diffusers folder, calls a weight. Nothing in it is executed.
+
+    Raises:
+        ConfigError: no such file.
+        ArtefactError: damaged or hostile.
+    """
+    path = _weights_file(file)
+    content = read_checkpoint(path)
+    nested = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
+    tensors = {str(name): value for name, value in nested.items() if name != MARKER}
+    return Foreign(path, tensors, _read_marker(content, path))
+
+
+def name_some(names: Any, most: int = MAX_NAMED) -> str:
+    """The first few of some names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _weights_file(file: str) -> str:
+    if os.path.isdir(file):
+        candidates = [os.path.join(file, name) for name in DIFFUSERS_WEIGHTS]
+        path = next((candidate for candidate in candidates if os.path.exists(candidate)), None)
+        if path is None:
+            raise ConfigError(
+                f"file is {file}, but this folder has no {' or '.join(DIFFUSERS_WEIGHTS)}. Name the file itself."
+            )
+        return path
+    if not os.path.exists(file):
+        raise ConfigError(f"file is {file}, but there is no such file. Check the path.")
+    return file
+
+
+def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(MARKER, "{}")
+        try:
+            marker = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArtefactError(
+                f"{path} has damaged metadata ({error}), but {MARKER} must be JSON. Export it again."
+            ) from None
+    else:
+        marker = content.get(MARKER, {})
+    if not _is_marker(marker):
+        raise ArtefactError(
+            f"{path} has {MARKER} {marker}, but resolutions must be positive integers. Export it again."
+        )
+    return marker
+
+
+def _is_marker(marker: Any) -> bool:
+    if not isinstance(marker, dict) or not isinstance(marker.get("attention_resolutions", ()), list | tuple):
+        return False
+    numbers = [marker.get("resolution", 1), *marker.get("attention_resolutions", ())]
+    return all(type(number) is int and number > 0 for number in numbers)

@@ -1,0 +1,186 @@
+"""Weights of CompVis' `GPT` as `Net2NetTransformer` uses it (Esser et al. 2020, section 3.2).
+
+One vocabulary there holds the codes of the image, classes, the start token and the codes of a condition. Here the rows that mean
+a condition are copied into its own embedding; the null condition, which those models never saw, gets their mean.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.foreign import Foreign, name_some
+from stages.options import ConditioningOptions, ModelOptions
+from stages.project_config import NO_CONDITION, Target, number
+from stages.second_stage.foreign_transformer import Description, Request, Taker, check_vocabulary
+
+logger = logging.getLogger(__name__)
+
+NORM_EPS = 1e-5
+BLOCK = {
+    "attention_norm": "ln1",
+    "attention.out": "attn.proj",
+    "ffn_norm": "ln2",
+    "ffn.up": "mlp.0",
+    "ffn.down": "mlp.2",
+}
+OTHER_PARTS = {
+    r"first_stage_model\.": "the first stage",
+    r"cond_stage_model\.": "the tokenizer of the condition",
+    r"loss\.": "the training losses",
+}
+# Of which configurations of the original say how they are used; here they are not.
+UNSUPPORTED = {"attn_pdrop": 0.0, "n_unmasked": 0}
+
+
+def read(foreign: Foreign, request: Request) -> Description:
+    """The transformer of a file.
+
+    Raises:
+        ArtefactError: not exactly such tensors, of another codebook, in another order than rows, or with a mask that is not causal.
+        ConfigError: no number of heads, or one or a condition that contradicts the tensors.
+    """
+    has_tokenizer = foreign.has("cond_stage_model.")
+    foreign = foreign.without(OTHER_PARTS)
+    _check_order(foreign)
+    strays = [name for name in foreign.tensors if not name.startswith(("transformer.", "permuter."))]
+    if strays:
+        raise ArtefactError(
+            f"{foreign.path} has the unknown {name_some(strays)}, but a Net2NetTransformer has none of that name. Check that it is of "
+            "a model without additions."
+        )
+    take = Taker(_without_masks(foreign.part("transformer.")).checked())
+    vocabulary, positions = take("tok_emb.weight", 2), take("pos_emb", 3)[0]
+    check_vocabulary(foreign.path, len(vocabulary), request.codebook_size)
+    width, num_layers = vocabulary.shape[1], take.count(r"blocks\.(\d+)\.")
+    gpt = request.project.part("transformer_config") if request.project is not None else None
+    params = gpt if isinstance(gpt, Target) else Target("GPT", {})
+    num_heads = _num_heads(foreign.path, request, params, width)
+    _warn_unsupported(params, request)
+    conditioning, num_classes, rows = _condition(request, has_tokenizer, len(positions))
+    num_positions = conditioning.num_tokens + request.grid[0] * request.grid[1] - 1
+    if len(positions) < num_positions:
+        raise ArtefactError(
+            f"{foreign.path} has {len(positions)} positions, but {conditioning.num_tokens} condition tokens and a grid of "
+            f"{request.grid[0]} x {request.grid[1]} codes need {num_positions}. Name the image size it was trained on."
+        )
+    condition = vocabulary[rows]
+    null = [condition.mean(0, keepdim=True)] * (conditioning.name != "none")
+    weights = {
+        "code_embedding.weight": vocabulary,
+        "conditioning.embedding.weight": torch.cat([condition, *null]),
+        "position_embedding.weight": positions[:num_positions],
+        **_pair(take, "norm", "ln_f"),
+        "head.weight": take("head.weight", 2),
+    }
+    for layer in range(num_layers):
+        weights |= _block(take, layer)
+    take.finish()
+    model = ModelOptions(
+        num_layers=num_layers,
+        hidden_size=width,
+        num_heads=num_heads,
+        ffn_size=len(weights["blocks.0.ffn.up.weight"]),
+        residual_dropout=float(params.params.get("resid_pdrop", 0.0)),
+        embedding_dropout=float(params.params.get("embd_pdrop", 0.0)),
+        qk_norm=False,
+        norm="layer",
+        norm_eps=NORM_EPS,
+        ffn="gelu",
+        positions="learned",
+        bias=True,
+    )
+    return Description(model=model, conditioning=conditioning, num_classes=num_classes, weights=weights)
+
+
+def _num_heads(path: str, request: Request, gpt: Target, width: int) -> int:
+    described = number(gpt, "n_head", request.project.path) if request.project is not None else None
+    if described is not None and request.num_heads not in (None, described):
+        raise ConfigError(f"--num-heads is {request.num_heads}, but the project file says {described}. Leave it out.")
+    found = request.num_heads or described
+    if not found or width % found:
+        raise ConfigError(
+            f"--num-heads is {found}, but the tensors of {path}, of width {width}, cannot tell it, and it must divide the width. Name "
+            "it, or give the checkpoint's project file with --config."
+        )
+    return found
+
+
+def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tuple[ConditioningOptions, int, list[int]]:
+    """The conditioning section, the number of its classes, and the rows of the vocabulary that its tokens look up."""
+    project, num_classes, size = request.project, request.num_classes, request.codebook_size
+    start = 0
+    stage = project.part("cond_stage_config") if project is not None else None
+    if project is not None and (stage == NO_CONDITION or project.model.params.get("unconditional")):
+        num_classes, start = 0, number(project.model, "sos_token", project.path, 0) or 0
+    elif isinstance(stage, Target) and stage.name == "Labelator" and project is not None:
+        num_classes = number(stage, "n_classes", project.path, num_classes)
+    elif stage is not None or has_tokenizer:
+        num_tokens = num_positions - request.grid[0] * request.grid[1]
+        return (
+            ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0),
+            size,
+            list(range(size)),
+        )
+    if num_classes is None:
+        raise ConfigError(
+            "--num-classes is not given, but the tensors cannot tell how many classes the condition has. Name it, 0 for none, or "
+            "give the checkpoint's project file with --config."
+        )
+    if not 0 <= num_classes <= size or start >= size:
+        raise ConfigError(
+            f"The condition has {num_classes} classes and start token {start}, but they are rows of a vocabulary of {size}. Name the "
+            "right number of classes."
+        )
+    if num_classes == 0:
+        return ConditioningOptions(name="none", cond_drop_prob=0.0), 0, [start]
+    return ConditioningOptions(name="class", cond_drop_prob=0.0), num_classes, list(range(num_classes))
+
+
+def _block(take: Taker, layer: int) -> dict[str, Tensor]:
+    ours, theirs = f"blocks.{layer}.", f"blocks.{layer}."
+    weights: dict[str, Tensor] = {}
+    for name, foreign_name in BLOCK.items():
+        weights |= _pair(take, ours + name, theirs + foreign_name)
+    for kind, rank in (("weight", 2), ("bias", 1)):
+        parts = [take(f"{theirs}attn.{name}.{kind}", rank) for name in ("query", "key", "value")]
+        weights[f"{ours}attention.qkv.{kind}"] = torch.cat(parts)
+    return weights
+
+
+def _pair(take: Taker, ours: str, theirs: str) -> dict[str, Tensor]:
+    is_norm = "norm" in ours
+    return {
+        f"{ours}.weight": take(f"{theirs}.weight", 1 if is_norm else 2),
+        f"{ours}.bias": take(f"{theirs}.bias", 1),
+    }
+
+
+def _without_masks(foreign: Foreign) -> Foreign:
+    """Leaves out the buffers of causal masks; raises ArtefactError for a mask of another kind."""
+    for name, mask in foreign.tensors.items():
+        if name.endswith("attn.mask") and not torch.equal(mask[0, 0].bool(), torch.ones_like(mask[0, 0]).tril().bool()):
+            raise ArtefactError(
+                f"{foreign.path} has {name} that is not causal, but a prefix that sees itself whole is not supported. Choose "
+                "another checkpoint."
+            )
+    return foreign.without({r".*\.attn\.mask$": "causal masks"})
+
+
+def _check_order(foreign: Foreign) -> None:
+    order = foreign.tensors.get("permuter.forward_shuffle_idx")
+    if order is not None and not torch.equal(order, torch.arange(len(order))):
+        raise ArtefactError(
+            f"{foreign.path} was trained on codes in another order than row by row, but only that one is supported. Choose another "
+            "checkpoint."
+        )
+
+
+def _warn_unsupported(gpt: Target, request: Request) -> None:
+    given = {key: gpt.params.get(key, usual) for key, usual in UNSUPPORTED.items()}
+    if request.project is not None:
+        given["pkeep"] = request.project.model.params.get("pkeep", 1.0)
+    for key, usual in {**UNSUPPORTED, "pkeep": 1.0}.items():
+        if given.get(key, usual) != usual:
+            logger.warning("%s is %s in the project file, but training on goes without it.", key, given[key])

@@ -1,0 +1,77 @@
+"""Every quantizer inside the trainer: losses count, codebooks start and revive, training goes on exactly from its state."""
+
+import dataclasses
+
+import pytest
+import torch
+from quantizer_support import QUANTIZER_SHAPES
+from tests_support import TINY_TOKENIZER
+
+from stages.first_stage.quantizers import QUANTIZERS
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.training import FirstStageTrainer
+from stages.options import TokenizerTrainOptions
+
+OPTIONS = TokenizerTrainOptions(num_samples=80, global_batch_size=8, learning_rate=1e-3, precision="fp32")
+
+
+def build(kind, **options):
+    size, dim, levels = QUANTIZER_SHAPES[kind]
+    shape = dict(codebook_size=size, codebook_dim=dim, fsq_levels=levels)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(dataclasses.replace(TINY_TOKENIZER, quantizer=kind, **shape))
+    return FirstStageTrainer(tokenizer, None, dataclasses.replace(OPTIONS, **options))
+
+
+def images(seed):
+    return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_training_goes_on_bitwise(kind):
+    straight, stopped, resumed = build(kind), build(kind), build(kind)
+    for step in range(2):
+        for trainer in (straight, stopped):
+            trainer.step(images(step), step * 8)
+            trainer.revive_dead_codes()
+    torch.manual_seed(123)  # another process
+    resumed.load_state_dict(stopped.state_dict())
+    for step in range(2, 4):
+        a, b = straight.step(images(step), step * 8), resumed.step(images(step), step * 8)
+        assert {name: value.item() for name, value in a.items()} == {name: value.item() for name, value in b.items()}
+    a, b = straight.averaged_tokenizer().baked().state_dict(), resumed.averaged_tokenizer().baked().state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind != "fsq"])
+def test_every_loss_is_logged_and_counts(kind):
+    one = build(kind, **{f"{name}_weight": 0.0 for name in ("codebook", "commitment", "entropy", "kl")})
+    other = build(kind, **{f"{name}_weight": 9.0 for name in ("codebook", "commitment", "entropy", "kl")})
+    names = one.tokenizer.quantize(torch.randn(1, one.tokenizer.config.codebook_dim, 2, 2)).losses.keys()
+    for trainer in (one, other):
+        assert names <= trainer.step(images(0), 0).keys()
+    assert not torch.equal(one.tokenizer.quant_conv.weight, other.tokenizer.quant_conv.weight)
+
+
+@pytest.mark.parametrize("kind", ["vq", "vq-l2", "vq-ema"])
+@pytest.mark.parametrize("kmeans_start", [True, False])
+def test_the_codebook_starts_on_the_first_batch_if_asked(kind, kmeans_start):
+    trainer = build(kind, kmeans_start=kmeans_start, learning_rate=1e-9, codebook_decay=0.9999)
+    before = trainer.tokenizer.quantize.codebook().detach().clone()
+    trainer.step(images(0), 0)
+    moved = (trainer.tokenizer.quantize.codebook() - before).abs().amax(-1)
+    assert (moved > 1e-2).all() if kmeans_start else (moved < 1e-2).all()
+    averaged = trainer.averaged_tokenizer().quantize.codebook()
+    torch.testing.assert_close(averaged, trainer.tokenizer.quantize.codebook(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["vq", "vq-l2", "vq-ema"])
+def test_revived_entries_leave_their_past_behind(kind):
+    trainer = build(kind)
+    trainer.step(images(0), 0)
+    trainer.code_counts_K.fill_(1)
+    trainer.code_counts_K[3] = 0
+    vectors = trainer.last_vectors_ND
+    assert trainer.revive_dead_codes() == 1 and trainer.code_counts_K.sum() == 0
+    for tokenizer in (trainer.tokenizer, trainer.averaged_tokenizer()):
+        torch.testing.assert_close(tokenizer.quantize.codebook()[3], vectors[0])

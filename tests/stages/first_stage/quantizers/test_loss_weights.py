@@ -1,0 +1,57 @@
+"""The weights of the quantizers' losses: explicit, by preset, never both."""
+
+import pytest
+from quantizer_support import features, quantizer_of
+
+from stages.errors import ConfigError
+from stages.first_stage.quantizers.loss_weights import LOSS_NAMES, LOSSES_OF, check_losses, loss_weights
+from stages.options import TokenizerTrainOptions
+
+
+def test_every_name_has_a_weight():
+    assert tuple(loss_weights(TokenizerTrainOptions())) == LOSS_NAMES
+
+
+def test_given_weights_count():
+    weights = loss_weights(TokenizerTrainOptions(codebook_weight=2.0, commitment_weight=0.0, entropy_weight=0.3))
+    assert weights == {"codebook": 2.0, "commitment": 0.0, "index": 1.0, "entropy": 0.3, "kl": 5e-4}
+
+
+def test_the_preset_puts_the_weight_where_the_original_does():
+    weights = loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy"))
+    assert (weights["commitment"], weights["codebook"], weights["kl"]) == (1.0, 0.25, 1e-8)
+
+
+def test_preset_and_weight_contradict_each_other():
+    options = TokenizerTrainOptions(loss_preset="compvis-legacy", codebook_weight=1.0)
+    with pytest.raises(ConfigError, match=r"codebook_weight is 1.0, but tokenizer_train.loss_preset=compvis-legacy .* 0.25"):
+        loss_weights(options)
+    assert loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy", entropy_weight=0.5))["entropy"] == 0.5
+
+
+@pytest.mark.parametrize("kind", LOSSES_OF)
+def test_the_losses_of_a_kind_are_those_it_computes(kind):
+    quantizer = quantizer_of(kind)
+    quantizer.configure(TokenizerTrainOptions(entropy_weight=0.1))
+    assert set(quantizer(features(quantizer)).losses) == set(LOSSES_OF[kind])
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        ("fsq", {"commitment_weight": 0.5}, ["tokenizer_train.commitment_weight is 0.5", "quantizer=fsq", "none"]),
+        ("gumbel", {"entropy_weight": 0.5}, ["entropy_weight is 0.5", "quantizer=gumbel", "only: kl"]),
+        ("vq", {"kl_weight": 0.5}, ["kl_weight is 0.5", "only: codebook, commitment, entropy"]),
+        ("bsq", {"quantizer_gradient": "rotation"}, ["quantizer_gradient is rotation", "vq-l2", "quantizer is bsq"]),
+        ("vq", {"loss_preset": "compvis-legacy", "commitment_weight": 1.0}, ["commitment_weight is 1.0", "preset"]),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(kind, options, words):
+    with pytest.raises(ConfigError) as caught:
+        check_losses(kind, TokenizerTrainOptions(**options))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LOSSES_OF)
+def test_defaults_suit_every_kind(kind):
+    check_losses(kind, TokenizerTrainOptions())

@@ -20,6 +20,7 @@ from evaluation.actor import Assignment, EvaluationActor, Measurement
 from evaluation.extractors import Extractor, distance_name, open_extractor
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, plan_metrics
+from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.reference import choose_images, images_identity
 from evaluation.reference_job import ReferenceOptions, prepare_references
@@ -230,6 +231,10 @@ def prepare(options: EvaluateOptions) -> Preparation:
         },
         "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
     }
+    for name in plan.pixels:
+        fingerprint = getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None)
+        if fingerprint is not None:
+            identity[f"{name}_fingerprint"] = fingerprint
     if any(plan.is_pairwise(key) for key in plan.features()):
         identity["num_pairwise_images"] = evaluation.num_pairwise_images
     return Preparation(assignment=assignment, identity=identity, description=description)

@@ -6,10 +6,8 @@ There is no fallback to random weights: what cannot be loaded is an error.
 """
 
 import dataclasses
-import hashlib
 import importlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from evaluation.networks.inception import NUM_CLASSES, SIDE, FidInception
 from evaluation.networks.vit import VisionTransformer, clip_to_vit, dinov2_to_vit
 from evaluation.resizes import RESIZES
-from evaluation.weights import PretrainedFile, load_pretrained
+from evaluation.weights import PretrainedFile, load_pretrained, weights_fingerprint
 from stages.errors import ArtefactError, ConfigError
 from stages.options import EvaluationOptions
 
@@ -299,14 +297,3 @@ def _not_the_network(file: PretrainedFile, error: Exception) -> ArtefactError:
         f"{file.name} holds other weights ({str(error).splitlines()[0]}), but it must be the file published at "
         f"{file.url}. Fetch it again."
     )
-
-
-def weights_fingerprint(network: nn.Module, recipe: dict[str, Any]) -> str:
-    """sha-256 (hex) over a recipe and every tensor of a network: name, shape, little-endian float32 bytes."""
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    items: Iterable[tuple[str, Tensor]] = sorted(network.state_dict().items())
-    for name, tensor in items:
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}:{tuple(values.shape)}".encode())
-        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()

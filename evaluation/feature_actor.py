@@ -56,6 +56,7 @@ class FeatureActor:
         self.images = images
         self.plan = plan
         self.extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
+        self.pixel_metrics = {name: PIXEL_METRICS[name](evaluation) for name in plan.pixels}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = open_tokenizer(tokenizer_path).to(self.device) if tokenizer_path else None
 
@@ -83,7 +84,7 @@ class FeatureActor:
             is_usable=is_usable,
             features=self._features(images, self.plan.features_of(HOLDOUT)),
             reconstruction_features=self._features(reconstructions, self.plan.features_of(RECONSTRUCTIONS)),
-            pixels={name: PIXEL_METRICS[name](images, reconstructions) for name in self.plan.pixels},
+            pixels={name: metric(images, reconstructions) for name, metric in self.pixel_metrics.items()},
             tiles={p: np.stack([images[places[p]], reconstructions[places[p]]]) for p in tiles if is_usable[p]},
         )
         return item, codes, labels[is_usable]

@@ -6,6 +6,13 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from evaluation.weights import PretrainedFile, load_pretrained, weights_fingerprint
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.lpips import Lpips
+from stages.first_stage.pixels import to_float
+from stages.options import EvaluationOptions
+
+PixelMetric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Identical images have no finite PSNR.
 MAX_PSNR = 100.0
 
@@ -29,4 +36,45 @@ def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return values.reshape(-1).numpy()
 
 
-PIXEL_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"psnr": psnr, "ssim": ssim}
+class LpipsDistance:
+    """LPIPS with VGG16 and the published heads (Zhang et al. 2018), at the images' own size.
+
+    Raises:
+        ConfigError, ArtefactError, TesseraError: the two files of weights are missing, damaged or cannot be fetched.
+    """
+
+    VGG = PretrainedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+    HEADS = PretrainedFile(
+        "weights-vgg16-lpips.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+    )
+
+    def __init__(self, options: EvaluationOptions):
+        tensors = [load_pretrained(file, "lpips", options) for file in (self.VGG, self.HEADS)]
+        try:
+            network = Lpips(*tensors)
+        except ConfigError as error:
+            raise ArtefactError(
+                f"{self.VGG.name} and {self.HEADS.name} do not hold LPIPS ({error}), but they must be the files published at "
+                f"{self.VGG.url} and {self.HEADS.url}. Fetch them again."
+            ) from error
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = network.to(self.device)
+        self.batch_size = options.batch_size
+        self.fingerprint = weights_fingerprint(network, {"name": "lpips-vgg16"})
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
+        values = []
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            x, y = (to_float(torch.from_numpy(np.array(a[batch]))).to(self.device) for a in (images, others))
+            values.append(self.network(x, y).double().cpu().numpy())
+        return np.concatenate(values) if values else np.empty(0)
+
+
+PIXEL_METRICS: dict[str, Callable[[EvaluationOptions], PixelMetric]] = {
+    "psnr": lambda options: psnr,
+    "ssim": lambda options: ssim,
+    "lpips": LpipsDistance,
+}

@@ -1,17 +1,20 @@
 """Pretrained weights of extractors: files with a known name, source and hash, found in one folder or fetched into it."""
 
 import hashlib
+import json
 import logging
 import os
 import pickle
 import tempfile
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import storage
 from stages.errors import ArtefactError, ConfigError, TesseraError
@@ -70,6 +73,17 @@ def check_hash(local: str, file: PretrainedFile, path: str) -> str:
             f"{path} has sha-256 {found}, but {file.name} has {file.sha256}. Fetch it again from {file.url}."
         )
     return found
+
+
+def weights_fingerprint(network: nn.Module, recipe: dict[str, Any]) -> str:
+    """sha-256 (hex) over a recipe and every tensor of a network: name, shape, little-endian float32 bytes."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    items: Iterable[tuple[str, Tensor]] = sorted(network.state_dict().items())
+    for name, tensor in items:
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}:{tuple(values.shape)}".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
 
 
 def _find(file: PretrainedFile, extractor: str, options: EvaluationOptions) -> str:

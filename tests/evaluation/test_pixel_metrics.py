@@ -1,8 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 
-from evaluation.pixel_metrics import PIXEL_METRICS, psnr, ssim
+from evaluation.pixel_metrics import PIXEL_METRICS, LpipsDistance, psnr, ssim
+from stages.errors import ConfigError
+from stages.first_stage.lpips import BLOCKS, WIDTHS
+from stages.options import EvaluationOptions
 
 
 def pictures(n: int, channels: int = 3) -> np.ndarray:
@@ -35,17 +41,43 @@ def test_ssim_is_the_published_formula():
     assert found == pytest.approx(values.mean(), abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Random weights that pass for LPIPS's published ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    generator = torch.Generator().manual_seed(0)
+    vgg, heads, inputs = {}, {}, 3
+    for i, (block, width) in enumerate(zip(BLOCKS, WIDTHS, strict=True)):
+        for position in block:
+            scale = (2 / (9 * inputs)) ** 0.5
+            vgg[f"features.{position}.weight"] = torch.randn(width, inputs, 3, 3, generator=generator) * scale
+            vgg[f"features.{position}.bias"] = torch.zeros(width)
+            inputs = width
+        heads[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LpipsDistance, "VGG", dataclasses.replace(LpipsDistance.VGG, sha256=""))
+        for file, tensors in ((LpipsDistance.VGG, vgg), (LpipsDistance.HEADS, heads)):
+            torch.save(tensors, folder / file.name)
+        yield EvaluationOptions(weights_path=str(folder), batch_size=4)
+
+
+def test_lpips_without_its_weights_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="lpips needs vgg16-397923af.pth in it"):
+        LpipsDistance(EvaluationOptions(weights_path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", sorted(PIXEL_METRICS))
 @pytest.mark.parametrize("channels", [1, 3])
-def test_falls_with_noise_image_by_image(name, channels):
+def test_worsens_with_noise_image_by_image(name, channels, options):
+    metric = PIXEL_METRICS[name](options)
     images = pictures(6, channels)
     noise = np.random.default_rng(1).normal(size=images.shape)
     worse = [np.clip(images + sigma * noise, 0, 255).astype(np.uint8) for sigma in (0, 5, 20, 60)]
-    values = np.array([PIXEL_METRICS[name](images, each) for each in worse])
+    values = np.array([metric(images, each) for each in worse])
     assert values.shape == (4, 6) and values.dtype == np.float64
-    assert (np.diff(values, axis=0) < 0).all()
-    np.testing.assert_array_equal(PIXEL_METRICS[name](images[2:4], worse[2][2:4]), values[2, 2:4])
-    assert PIXEL_METRICS[name](images[:0], images[:0]).shape == (0,)
+    assert (np.diff(values, axis=0) * (1 if name == "lpips" else -1) > 0).all()
+    np.testing.assert_allclose(metric(images[2:4], worse[2][2:4]), values[2, 2:4], rtol=1e-6)
+    assert metric(images[:0], images[:0]).shape == (0,)
 
 
 def test_ssim_of_tiny_images():

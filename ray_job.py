@@ -1,7 +1,7 @@
 """Tessera's one entry point: `python ray_job.py COMMAND …`, on a laptop, on a cluster, or inside `ray job submit`.
 
 Each command turns a configuration into the options of one function and calls it. Exit codes: 0 done, 1 failed or damaged,
-2 usage or configuration.
+2 usage or configuration, 3 a nightly found a regression.
 """
 
 import argparse
@@ -147,14 +147,21 @@ def run_sample(args: argparse.Namespace) -> Any:
 
 def run_evaluate(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
+    from evaluation.compare import evaluate_and_compare
     from evaluation.evaluate import EvaluateOptions, evaluate, verify_record
+    from evaluation.sweep import sweep
     from pipeline.job_options import select
 
+    config = checked_config(args)
     checkpoint = None if args.tokenizer else args.checkpoint
-    options = select(EvaluateOptions, checked_config(args), checkpoint=checkpoint)
+    options = select(EvaluateOptions, config, checkpoint=checkpoint)
     with connected():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
+        if args.compare:
+            return evaluate_and_compare(options, args.compare)
+        if args.sweep:
+            return sweep(options, config.sweep)
         return evaluate(options).to_summary()
 
 
@@ -176,9 +183,9 @@ def run_nightly(args: argparse.Namespace) -> Any:
     from evaluation.nightly import nightly
     from pipeline.job_options import select
 
-    options = select(EvaluateOptions, checked_config(args))
+    config = checked_config(args)
     with connected():
-        return nightly(options)
+        return nightly(select(EvaluateOptions, config), config.nightly)
 
 
 def run_inspect(args: argparse.Namespace) -> Any:

@@ -23,6 +23,7 @@ from cluster.job_client import connect, explained, follow, use_cluster
 from pipeline import storage
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
+from stages.nightly_options import NightlyOptions
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -41,7 +42,7 @@ SECTIONS = {
     "train": ("run", "tokenizer", "codes", "train"),
     "sample": ("run", "tokenizer", "sampling"),
     "evaluate": ("run", "source", "tokenizer", "codes", "evaluation"),
-    "nightly": ("run", "source", "tokenizer", "codes", "evaluation"),
+    "nightly": ("run", "source", "tokenizer", "codes", "evaluation", "nightly"),
 }
 # Arguments that are paths, with what the command line calls them.
 PATH_ARGUMENTS = {
@@ -51,6 +52,7 @@ PATH_ARGUMENTS = {
     "tokenizer": "tokenizer",
     "checkpoint": "checkpoint",
     "verify": "--verify",
+    "compare": "--compare",
 }
 
 # Where a store is and how Ray and the collectives behave; who asks is not among them.
@@ -226,7 +228,9 @@ def _section_paths(section: str, options: Any) -> dict[str, str]:
     names = [
         field.name for field in dataclasses.fields(options) if field.name == "path" or field.name.endswith("_path")
     ]
-    return {f"{section}.{name}": path for name in names if (path := getattr(options, name)) is not None}
+    found = {f"{section}.{name}": path for name in names if (path := getattr(options, name)) is not None}
+    runs = options.runs if isinstance(options, NightlyOptions) else ()
+    return found | {f"{section}.runs[{i}]": path for i, path in enumerate(runs)}
 
 
 def check_paths(paths: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from cluster.sampler_actor import SamplerActor
 from evaluation.estimates import Estimate
@@ -22,13 +23,12 @@ from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pool import ActorPool, run_items
 from evaluation.reference import StoredReference
 from evaluation.reference_job import ReferenceImages, kept_features, references_of
+from evaluation.resources import actor_options
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates
 from evaluation.tally import HoldoutTally, Item, SampleTally
 from pipeline.sources import Source
 from stages.options import EvaluationOptions, ImageOptions, SamplingOptions
-
-ITEM_IMAGES = 32
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,14 +67,17 @@ class Measurement:
 
     Attributes:
         metrics: estimates by name.
-        grids: PNG files by name: samples, real, reconstructions; side_by_side for a tokenizer.
+        grids: PNG files by name: samples, real, reconstructions; side_by_side for a tokenizer. `layouts` says by name
+            what stands where in the first three.
         references: what was measured against, by features.
         num_unusable: held-out images that could not be decoded and were left out.
-        wall_seconds: by phase; sampling runs beside reference and holdout.
+        wall_seconds: by phase: `start` of the first actors, then `working`, in which sampling runs beside reference
+            and holdout, then `distance`.
     """
 
     metrics: dict[str, Estimate]
     grids: dict[str, bytes]
+    layouts: dict[str, dict[str, Any]]
     references: dict[FeatureKey, StoredReference]
     num_unusable: int
     wall_seconds: dict[str, float]
@@ -85,16 +88,17 @@ class EvaluationActor:
 
     Args:
         assignment: what to evaluate.
+        group: places for the sampler and feature actors, from `evaluation.resources.reserved`.
     """
 
-    def __init__(self, assignment: Assignment):
+    def __init__(self, assignment: Assignment, group: PlacementGroup):
         self.assignment = assignment
         self._done: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         options = assignment.evaluation
-        resources = actor_resources(options.num_sampler_actors + options.num_feature_actors)
-        feature_class = ray.remote(**resources)(FeatureActor)
-        sampler_class = ray.remote(**resources)(SamplerActor)
+        placed = actor_options(options, group)
+        feature_class = ray.remote(**placed)(FeatureActor)
+        sampler_class = ray.remote(**placed)(SamplerActor)
         a = assignment
         self.features = ActorPool(
             "feature",
@@ -104,7 +108,7 @@ class EvaluationActor:
         self.samplers = ActorPool(
             "sampler",
             lambda: sampler_class.remote(a.checkpoint_path, a.tokenizer_path, a.sampling),
-            options.num_sampler_actors if a.checkpoint_path else 0,
+            options.num_sampler_actors,
         )
 
     def progress(self) -> dict[str, int]:
@@ -118,10 +122,16 @@ class EvaluationActor:
             TesseraError: actors keep dying, a file cannot be read, or too few real images can be used.
         """
         phases = [self._real_images, *([self._samples] if self.assignment.checkpoint_path else [])]
+        begin = time.monotonic()
         try:
+            for pool in (self.samplers, self.features):
+                if pool.size:
+                    pool.release(pool.acquire())
+            self._seconds["start"] = time.monotonic() - begin
             (references, holdout), *drawn = in_parallel(phases, on_error=self._close)
         finally:
             self._close()
+        self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
         samples: SampleTally | None = drawn[0] if drawn else None
         begin = time.monotonic()
         sets = [holdout.real, holdout.reconstructed, *([samples.metrics] if samples else [])]
@@ -134,6 +144,7 @@ class EvaluationActor:
         return Measurement(
             metrics={**metrics, **holdout.estimates(self.assignment.num_codes)},
             grids={**extra, **holdout.grids()},
+            layouts={**(samples.layouts() if samples is not None else {}), **holdout.layouts()},
             references=references,
             num_unusable=holdout.num_unusable,
             wall_seconds=self._seconds,
@@ -212,31 +223,14 @@ class EvaluationActor:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - begin
 
     def _items(self, num_images: int) -> list[Item]:
-        """Ranges of whole sampling groups, about ITEM_IMAGES long."""
+        """Ranges of whole sampling groups, about `item_size` long."""
         group = self.assignment.sampling.group_size
-        size = group * math.ceil(ITEM_IMAGES / group)
+        size = group * math.ceil(self.assignment.evaluation.item_size / group)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def _close(self) -> None:
         self.features.close()
         self.samplers.close()
-
-
-def actor_resources(num_actors: int) -> dict[str, Any]:
-    """Ray options of each of `num_actors` actors: one CPU, and one GPU where there are any, or an equal share of too
-    few.
-
-    Calls may overtake each other: one whose images are still being drawn must not hold up the next.
-    """
-    total = ray.cluster_resources()
-    shares = {name: min(1.0, math.floor(100 * total.get(name, 0.0) / num_actors) / 100) for name in ("CPU", "GPU")}
-    return {
-        "num_cpus": shares["CPU"] or 1,
-        "num_gpus": shares["GPU"],
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "allow_out_of_order_execution": True,
-    }
 
 
 def in_parallel(functions: Sequence[Callable[[], Any]], on_error: Callable[[], None]) -> list[Any]:

@@ -3,85 +3,35 @@
 import dataclasses
 import datetime
 import logging
-import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import ray
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 
-from cluster.checkpoints import Commit, resolve_checkpoint
 from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
-from evaluation.extractors import Extractor, distance_name, open_extractor
-from evaluation.hashing import canonical_hash
-from evaluation.metrics import MetricPlan, plan_metrics
-from evaluation.pixel_metrics import PIXEL_METRICS
+from evaluation.prepare import CHECKPOINT, EvaluateOptions, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
-from evaluation.reference import choose_images, images_identity
-from evaluation.reference_job import ReferenceOptions, prepare_references
-from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
+from evaluation.resources import reserved
 from pipeline import storage
-from pipeline.binding import check_preprocessing
-from pipeline.code_dataset import CodeDataset
-from pipeline.sources import Source, open_source
-from pipeline.tokenizers import open_tokenizer
 from stages.config import build, to_dict
-from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.tokenizer import Tokenizer
-from stages.options import (
-    CodesOptions,
-    EvaluationOptions,
-    ImageOptions,
-    RunOptions,
-    SamplingOptions,
-    SourceOptions,
-    TokenizerOptions,
-)
+from stages.errors import TesseraError
+from stages.options import EvaluationOptions, SamplingOptions
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
-CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
-ALL_SETS = (SAMPLES, RECONSTRUCTIONS, HOLDOUT)
+MAX_COORDINATORS = 3
 PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
 
 # Called about once a second with the images finished so far by phase (sampling, reference, holdout) and the totals of
 # all phases.
 Progress = Callable[[dict[str, int], dict[str, int]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """The sections that `evaluate` takes.
-
-    Attributes:
-        checkpoint: a checkpoint's folder, or "latest" of `run.path`; None measures the tokenizer alone.
-        seed: seed of the draws; `sampling.seed` if not given.
-    """
-
-    run: RunOptions
-    source: SourceOptions
-    images: ImageOptions
-    tokenizer: TokenizerOptions
-    codes: CodesOptions
-    sampling: SamplingOptions
-    evaluation: EvaluationOptions
-    checkpoint: str | None = "latest"
-    seed: int | None = None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Preparation:
-    """A checked evaluation: the work, the identity that names its record, and what the record says besides numbers."""
-
-    assignment: Assignment
-    identity: dict[str, Any]
-    description: dict[str, Any]
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Record:
@@ -110,6 +60,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
         "reference": next(iter(references.values()), {}),
         "references": references,
         "num_unusable_holdout": measurement.num_unusable,
+        "layouts": measurement.layouts,
         "identity": preparation.identity,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
@@ -170,165 +121,37 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     )
 
 
-def prepare(options: EvaluateOptions) -> Preparation:
-    """Opens, checks and chooses everything, before any actor starts. Raises what `evaluate` raises."""
-    evaluation, images = options.evaluation, options.images
-    if evaluation.num_samples < 2 * evaluation.num_blocks:
-        raise ConfigError(
-            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
-            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
-        )
-    commit = resolve_checkpoint(options.checkpoint, options.run.path) if options.checkpoint is not None else None
-    tokenizer = open_tokenizer(options.tokenizer.path)
-    source = open_source(options.source, images)
-    if commit is not None:
-        check_binding(options, commit, CodeDataset.open(options.codes.path, verify=False), tokenizer, source)
-    plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
-    extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
-    sampling = dataclasses.replace(
-        options.sampling, seed=options.sampling.seed if options.seed is None else options.seed
-    )
-    holdout = choose_images(source.list_images("holdout"), evaluation.num_samples)
-    if holdout.num_rows < evaluation.num_samples:
-        logger.warning(
-            "evaluation.num_samples is %d, but there are %d held-out images: the distances of held-out images and "
-            "reconstructions are measured on these. They do not compare with that of the samples, because a distance "
-            "falls as the number of images grows.",
-            evaluation.num_samples,
-            holdout.num_rows,
-        )
-    deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
-    references = prepare_references(deciding, source, plan, extractors)
-    assignment = Assignment(
-        checkpoint_path=commit.path if commit is not None else None,
-        tokenizer_path=options.tokenizer.path,
-        sampling=sampling,
-        images=images,
-        evaluation=evaluation,
-        source=source,
-        plan=plan,
-        widths={key: extractors[key[0]].outputs[key[1]] for key in plan.features()},
-        references=references.given,
-        reference_keys=references.keys,
-        reference_uris=references.uris,
-        holdout_uris=holdout["uri"].to_pylist(),
-        holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
-        codebook_size=tokenizer.codebook_size,
-        num_codes=math.prod(tokenizer.grid(images.size)),
-    )
-    subject = _describe_checkpoint(commit, sampling) if commit is not None else _describe_tokenizer(options, tokenizer)
-    description = {**subject, **_describe(options, plan, extractors)}
-    paths = ("checkpoint", "step")
-    identity = {
-        **{name: value for name, value in subject.items() if name not in paths},
-        "metrics": plan.names(),
-        "extractor_fingerprints": {name: extractor.fingerprint for name, extractor in extractors.items()},
-        "num_samples": evaluation.num_samples,
-        "num_blocks": evaluation.num_blocks,
-        "reference_keys": {
-            **{"/".join(key): stored.key for key, stored in references.given.items()},
-            **{"/".join(key): value for key, value in references.keys.items()},
-        },
-        "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
-    }
-    for name in plan.pixels:
-        fingerprint = getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None)
-        if fingerprint is not None:
-            identity[f"{name}_fingerprint"] = fingerprint
-    if any(plan.is_pairwise(key) for key in plan.features()):
-        identity["num_pairwise_images"] = evaluation.num_pairwise_images
-    return Preparation(assignment=assignment, identity=identity, description=description)
+def measure(assignment: Assignment, progress: Progress | None = None) -> Measurement:
+    """Runs an evaluation actor to its end and returns what it measured.
 
-
-def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str, Any]:
-    return {
-        "subject": CHECKPOINT,
-        "checkpoint": commit.path,
-        "checkpoint_hash": commit.hash,
-        "step": commit.step,
-        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
-        "code_dataset_root_hash": commit.root_hash,
-        "sampling": {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")},
-        "seed": sampling.seed,
-    }
-
-
-def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """As of a checkpoint, so that a history of both can be read in one way; the tokenizer's folder stands for it."""
-    return {
-        "subject": TOKENIZER,
-        "checkpoint": options.tokenizer.path,
-        "checkpoint_hash": tokenizer.fingerprint,
-        "step": 0,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "sampling": {},
-        "seed": 0,
-    }
-
-
-def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, Extractor]) -> dict[str, Any]:
-    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are of the first metric."""
-    deciding = (
-        "num_samples",
-        "num_reference_images",
-        "metrics",
-        "extractor",
-        "extractor_resolution",
-        "num_blocks",
-        "num_pairwise_images",
-    )
-    first = extractors[plan.features()[0][0]] if plan.sets else None
-    return {
-        "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
-        "distance": distance_name(first) if first else None,
-        "extractor": first.name if first else None,
-        "extractor_resize": first.resize if first else None,
-        "extractor_fingerprint": first.fingerprint if first else None,
-        "extractors": {
-            name: {"name": each.name, "resize": each.resize, "fingerprint": each.fingerprint}
-            for name, each in extractors.items()
-        },
-        "images": to_dict(options.images),
-        "source": to_dict(options.source),
-    }
-
-
-def check_binding(
-    options: EvaluateOptions, commit: Commit, dataset: CodeDataset, tokenizer: Tokenizer, source: Source
-) -> None:
-    """Refuses a checkpoint, code dataset, tokenizer and source that do not belong together.
+    If that actor itself is lost, another begins anew, up to MAX_COORDINATORS in all.
 
     Raises:
-        ArtefactError: naming both sides.
-        ConfigError: the images are prepared otherwise than the code dataset's.
+        TesseraError: actors keep dying, or the cluster has no room for them.
     """
-    if not commit.is_imported and dataset.root_hash != commit.root_hash:
-        raise ArtefactError(
-            f"codes.path is {options.codes.path} with root hash {dataset.root_hash}, but checkpoint {commit.path} was "
-            f"trained on the code dataset with root hash {commit.root_hash}. Name that dataset."
-        )
-    if tokenizer.fingerprint != commit.tokenizer_fingerprint:
-        raise ArtefactError(
-            f"tokenizer.path is {options.tokenizer.path} with fingerprint {tokenizer.fingerprint}, but checkpoint "
-            f"{commit.path} was trained on codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
-        )
-    check_preprocessing(options.images, dataset)
-    if source.class_names and dataset.class_names and tuple(source.class_names) != tuple(dataset.class_names):
-        raise ArtefactError(
-            f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "
-            f"{options.codes.path} has classes {', '.join(dataset.class_names)}. Use images of the same classes."
-        )
+    report = progress or log_progress()
+    with reserved(assignment.evaluation) as group:
+        for _ in range(MAX_COORDINATORS):
+            try:
+                return _measure(assignment, group, report)
+            except ActorDiedError as error:
+                if isinstance(error, RayTaskError):  # not this actor: it says so of another one
+                    raise
+                logger.warning("The evaluation actor died and begins anew: %s", str(error).splitlines()[0])
+    raise TesseraError(
+        f"The evaluation actor died {MAX_COORDINATORS} times, but a sound one does not. See the Ray logs for the reason; "
+        "most often memory ran out."
+    )
 
 
-def measure(assignment: Assignment, progress: Progress | None = None) -> Measurement:
-    """Runs an evaluation actor to its end and returns what it measured."""
-    actor: Any = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2).remote(assignment)
+def _measure(assignment: Assignment, group: PlacementGroup, report: Progress) -> Measurement:
+    remote = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2)
+    actor: Any = remote.remote(assignment, group)
     totals = {
         "sampling": assignment.evaluation.num_samples if assignment.checkpoint_path else 0,
         "reference": len(assignment.reference_uris),
         "holdout": len(assignment.holdout_uris),
     }
-    report = progress or log_progress()
     try:
         with user_errors():
             result = actor.measure.remote()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.batches import padded_batches
 from evaluation.networks.inception import NUM_CLASSES, SIDE, FidInception
 from evaluation.networks.vit import VisionTransformer, clip_to_vit, dinov2_to_vit
 from evaluation.resizes import RESIZES
@@ -98,8 +99,7 @@ class NetworkExtractor:
     """What the extractors here share: resizing, batches, device, fingerprint. Subclasses set `family`, `resize`, the
     scaling of pixels, and make `network`.
 
-    Images run in batches of `evaluation.batch_size`, the last one padded with zeros: the network never sees another
-    shape, so its features do not change with how many images are passed in.
+    The network only sees batches of one shape, so features do not change with how many images are passed in.
     """
 
     family: str
@@ -113,7 +113,6 @@ class NetworkExtractor:
         self.resolution = options.extractor_resolution or self.native_resolution
         self.name = f"{type(self).registered_name()}@{self.resolution}"
         self.outputs = outputs
-        self.batch_size = options.batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = network.eval().requires_grad_(False).to(self.device)
         self.network.to(memory_format=torch.channels_last)
@@ -132,17 +131,13 @@ class NetworkExtractor:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, outputs: Sequence[str] = (FEATURES,)) -> dict[str, np.ndarray]:
         """See `Extractor`."""
-        starts = range(0, len(images), self.batch_size)
-        batches = [self._batch(images[start : start + self.batch_size], outputs) for start in starts]
+        batches = [self._batch(n, batch, outputs) for n, (batch,) in padded_batches(images)]
         if not batches:
             return {name: np.empty((0, self.outputs[name]), np.float32) for name in outputs}
         return {name: np.concatenate([batch[name] for batch in batches]) for name in outputs}
 
-    def _batch(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        n = len(images)
-        padded = np.zeros((self.batch_size, *images.shape[1:]), np.uint8)
-        padded[:n] = images
-        x = RESIZES[self.resize](padded, self.resolution).to(self.device).expand(-1, 3, -1, -1)
+    def _batch(self, n: int, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        x = RESIZES[self.resize](images, self.resolution).to(self.device).expand(-1, 3, -1, -1)
         mean, deviation = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.deviation))
         found = self.forward(((x - mean) / deviation).contiguous(memory_format=torch.channels_last))
         return {name: found[name][:n].float().cpu().numpy() for name in outputs}

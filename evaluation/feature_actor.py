@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from evaluation.batches import padded_batches
 from evaluation.extractors import open_extractor
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pixel_metrics import PIXEL_METRICS
@@ -110,11 +111,13 @@ class FeatureActor:
     def _reconstruct(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert self.tokenizer is not None, "this actor was made to reconstruct nothing"
         grid = self.tokenizer.grid(self.images.size)
-        if len(images) == 0:
-            return np.empty((0, grid[0] * grid[1]), np.int64), images
-        codes = self.tokenizer.encode(to_float(torch.from_numpy(images)).to(self.device))
-        pixels = self.tokenizer.decode(codes.view(-1, *grid))
-        return codes.cpu().numpy(), to_uint8(pixels).cpu().numpy()
+        codes, reconstructions = [np.empty((0, grid[0] * grid[1]), np.int64)], [images[:0]]
+        for n, (batch,) in padded_batches(images):
+            codes_BL = self.tokenizer.encode(to_float(torch.from_numpy(batch)).to(self.device))
+            pixels = self.tokenizer.decode(codes_BL.view(-1, *grid))
+            codes.append(codes_BL[:n].cpu().numpy())
+            reconstructions.append(to_uint8(pixels)[:n].cpu().numpy())
+        return np.concatenate(codes), np.concatenate(reconstructions)
 
 
 def read_view(source: Source, uri: str, images: ImageOptions) -> np.ndarray | None:

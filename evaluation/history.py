@@ -3,44 +3,54 @@
 import datetime
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from cluster import checkpoints, run_log
 from cluster.tokenizer_options import training_path
+from evaluation.compare import find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions
-from evaluation.records import Record, list_records
-from evaluation.report import Curve, Grid, ReportData, render_report
+from evaluation.labels import metric_label
+from evaluation.records import Record, list_records, write_rows
+from evaluation.report import Curve, ReportData, render_report
+from evaluation.viewer import gather_pictures
 from pipeline import storage
 from stages.config import to_yaml
-
-GRID_CAPTIONS = {
-    "samples": "Samples",
-    "real": "Held-out real images",
-    "reconstructions": "The same images after the tokenizer",
-}
+from stages.nightly_options import NightlyOptions
 
 
 def write_report(
-    options: EvaluateOptions, page_path: str, title: str, wall_seconds: Mapping[str, float] | None = None
+    options: EvaluateOptions,
+    page_path: str,
+    title: str,
+    wall_seconds: Mapping[str, float] | None = None,
+    threshold: float = NightlyOptions().regression_threshold,
 ) -> None:
-    """Renders the page of an evaluation folder to `page_path`.
+    """Renders the page of an evaluation folder to `page_path`, and completes its table of history.
 
     Args:
         options: whose run, tokenizer and evaluation folder are shown.
         page_path: the HTML file; replaced if it exists.
         title: heading of the page.
         wall_seconds: seconds per part, where known.
+        threshold: see `find_regressions`.
     """
     records = list_records(options.evaluation.path)
+    write_rows(options.evaluation.path, records)
+    links = _links(records, page_path)
     commit = checkpoints.latest_commit(options.run.path)
     data = ReportData(
         title=title,
         created_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(options, records, commit),
         config_yaml=to_yaml(options),
-        records=[_row(record, page_path) for record in records],
+        records=records,
+        links=links,
+        regressions=[found for series in group_series(records) for found in find_regressions(series, threshold)],
+        pictures=gather_pictures(
+            records,
+            read=lambda path: storage.read_bytes(storage.join(options.evaluation.path, path)),
+            link=lambda record: links.get(record.id),
+        ),
         curves=_tokenizer_curves(options) + _run_curves(options, commit),
-        grids=_grids(options, records),
         wall_seconds=wall_seconds or {},
     )
     storage.replace(page_path, render_report(data).encode())
@@ -54,16 +64,15 @@ def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoint
             summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
     if records:
         metrics = records[-1].metrics
-        for name, label in (("gfd", "Distance of samples"), ("validation_nll", "Validation NLL, nats per code")):
+        for name in ("gfid", "gfd", "validation_nll"):
             if name in metrics:
-                summary[label] = f"{metrics[name]['value']:.3f}"
+                summary[metric_label(name)] = f"{metrics[name]['value']:.3f}"
     return summary
 
 
-def _row(record: Record, page_path: str) -> dict[str, Any]:
-    folder = os.path.dirname(page_path)
-    is_below = record.path.startswith(folder + "/")
-    return {**record.content, **({"path": record.path[len(folder) + 1 :]} if is_below else {})}
+def _links(records: list[Record], page_path: str) -> dict[str, str]:
+    folder = os.path.dirname(page_path) + "/"
+    return {record.id: record.path.removeprefix(folder) for record in records if record.path.startswith(folder)}
 
 
 def _tokenizer_curves(options: EvaluateOptions) -> list[Curve]:
@@ -94,19 +103,4 @@ def _run_curves(options: EvaluateOptions, commit: checkpoints.Commit | None) -> 
             [r["loss"] for r in log],
             "nats per code",
         )
-    ]
-
-
-def _grids(options: EvaluateOptions, records: list[Record]) -> list[Grid]:
-    if not records:
-        return []
-    latest = records[-1]
-    return [
-        Grid(
-            caption=f"{GRID_CAPTIONS[name]}, step {latest.step:,}" if name == "samples" else GRID_CAPTIONS[name],
-            png=storage.read_bytes(storage.join(options.evaluation.path, latest.grids[name])),
-            alt=f"Grid of {GRID_CAPTIONS[name].lower()}",
-        )
-        for name in GRID_CAPTIONS
-        if name in latest.grids
     ]

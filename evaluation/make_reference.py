@@ -1,26 +1,29 @@
 """The `reference` job: statistics of a source's images, kept for evaluations and written for others to read."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
-from evaluation.actor import ITEM_IMAGES, actor_resources
 from evaluation.extractors import open_extractor
 from evaluation.feature_actor import FeatureActor
-from evaluation.metrics import plan_metrics
+from evaluation.metrics import MetricPlan, plan_metrics
 from evaluation.pool import ActorPool, run_items
-from evaluation.reference import LAYOUT, StoredReference, statistics_npz
+from evaluation.reference import LAYOUT, statistics_npz
 from evaluation.reference_job import (
     ReferenceImages,
     ReferenceOptions,
+    RunImages,
     kept_features,
     prepare_references,
     references_of,
 )
+from evaluation.resources import actor_options, reserved
 from evaluation.tally import Item
 from pipeline import storage
-from pipeline.sources import open_source
+from pipeline.sources import Source, open_source
 from pipeline.views import preprocessing_spec
 from stages.errors import ConfigError
 
@@ -50,29 +53,14 @@ def make_references(options: ReferenceOptions, output_path: str | None = None) -
             f"evaluation.metrics is {list(evaluation.metrics)}, which needs references of {len(names)} extractors, but "
             "reference makes those of at least one, and a file holds those of one. Name e.g. [fid, sfid] or [fd]."
         )
-    pool = ActorPool(
-        "feature",
-        lambda: ray.remote(**actor_resources(evaluation.num_feature_actors))(FeatureActor).remote(
-            source, options.images, evaluation, plan, None
-        ),
-        evaluation.num_feature_actors,
-    )
-
-    def run(num_images: int, submit: Callable[[Item, Any], Any]) -> Iterator[tuple[Item, Any]]:
-        starts = range(0, num_images, ITEM_IMAGES)
-        items = [(start, min(start + ITEM_IMAGES, num_images)) for start in starts]
-        return run_items(items, lambda item, actors: submit(item, actors[0]), [pool], 2 * pool.size + 1)
-
     images = ReferenceImages(
         path=evaluation.path,
         uris=prepared.uris,
         num_kept={key: kept_features(plan, key, evaluation) for key in prepared.keys},
     )
     widths = {(name, output): extractors[name].outputs[output] for name, output in prepared.keys}
-    try:
+    with feature_actors(options, source, plan) as run:
         made = references_of(images, prepared.keys, widths, run)
-    finally:
-        pool.close()
     if output_path is not None:
         extractor = extractors[names[0]]
         meta = {
@@ -81,10 +69,30 @@ def make_references(options: ReferenceOptions, output_path: str | None = None) -
             "extractor_fingerprint": extractor.fingerprint,
             "preprocessing": preprocessing_spec(options.images),
         }
-        storage.replace(output_path, statistics_npz(_by_output(made), meta))
+        by_output = {output: stored for (_, output), stored in made.items() if output in LAYOUT}
+        storage.replace(output_path, statistics_npz(by_output, meta))
     references = {"/".join(key): stored.to_dict() for key, stored in made.items()}
     return {"references": references, "output": output_path}
 
 
-def _by_output(made: dict[tuple[str, str], StoredReference]) -> dict[str, StoredReference]:
-    return {output: stored for (_, output), stored in made.items() if output in LAYOUT}
+@contextmanager
+def feature_actors(options: ReferenceOptions, source: Source, plan: MetricPlan) -> Iterator[RunImages]:
+    """What runs work items over images on feature actors, for a `with` statement, after which these are gone."""
+    evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=0)
+    size = evaluation.item_size
+
+    def run(num_images: int, submit: Callable[[Item, Any], Any]) -> Iterator[tuple[Item, Any]]:
+        items = [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+        return run_items(items, lambda item, actors: submit(item, actors[0]), [pool], 2 * pool.size + 1)
+
+    with reserved(evaluation) as group:
+        remote: Any = ray.remote(**actor_options(evaluation, group))(FeatureActor)
+        pool = ActorPool(
+            "feature",
+            lambda: remote.remote(source, options.images, evaluation, plan, None),
+            evaluation.num_feature_actors,
+        )
+        try:
+            yield run
+        finally:
+            pool.close()

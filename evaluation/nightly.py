@@ -1,29 +1,206 @@
-"""The nightly job: evaluates the run's newest commit if it has no record yet, and renders the page."""
+"""The nightly job: evaluates what is new, once each, says what got worse, and renders the page.
+
+It may run twice at once, be killed and be run again: a record is named by what decides its numbers, and the first one of a name
+stays. Claims keep two nightlies from doing the same work; alerts that went out leave a file, so that each goes out once.
+"""
 
 import dataclasses
+import json
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from cluster import checkpoints
-from evaluation.evaluate import EvaluateOptions, evaluate
+from evaluation.candidates import Candidate, find_candidates
+from evaluation.claims import Claim, is_claimed, take_claim
+from evaluation.compare import Regression, find_regressions, group_series
+from evaluation.evaluate import EvaluateOptions, evaluate, log_progress, prepare
 from evaluation.history import write_report
+from evaluation.hooks import notify
+from evaluation.records import Record, find_record, list_records, record_id
 from pipeline import storage
+from stages.errors import TesseraError
+from stages.nightly_options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
+REGRESSED = 3
 
 
-def nightly(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluates the newest commit and writes `report.html` into the evaluation folder. Ray must be connected.
+class BudgetSpent(TesseraError):
+    """The time is over while an evaluation runs."""
 
-    A record is named by what decides its numbers, and the first one of a name stays: running twice, also at once, leaves one record.
+
+@dataclass
+class Night:
+    """What became of every checkpoint, by path: its new record, or the one that was there, or why it has none."""
+
+    evaluated: dict[str, str] = field(default_factory=dict)
+    present: dict[str, str] = field(default_factory=dict)
+    claimed_elsewhere: list[str] = field(default_factory=list)
+    out_of_time: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any]:
+    """Evaluates what is new and writes `report.html` into the evaluation folder. Ray must be connected.
+
+    One checkpoint that cannot be evaluated does not keep the others from it.
+
+    Returns:
+        What became of every checkpoint, `regressions` that nobody was told of yet, `page`, and `exit_code`: 0; 1 if
+        something failed; 3 if something regressed.
 
     Raises:
-        ArtefactError: the run has no committed checkpoint.
+        ArtefactError: no run with a committed checkpoint.
+        StorageError: a store that cannot be used.
     """
-    commit = checkpoints.resolve_checkpoint("latest", options.run.path)
-    record = evaluate(dataclasses.replace(options, checkpoint=commit.path))
-    page = storage.join(options.evaluation.path, PAGE)
-    write_report(options, page, f"Evaluation of {options.run.path}")
-    return {**record.to_summary(), "page": page}
+    night, claims = Night(), _Claims(options.evaluation.path, settings.claim_seconds)
+    deadline = time.monotonic() + (settings.time_budget_seconds or float("inf"))
+    with claims:
+        for candidate in find_candidates(options, settings.runs, settings.best):
+            with _noting_failure(night, candidate.commit.path):
+                _visit(candidate, night, claims, deadline)
+        regressions = _new_regressions(options.evaluation.path, settings, claims)
+        page = storage.join(options.evaluation.path, PAGE)
+        with _noting_failure(night, "page"):
+            _render(options, settings, page)
+        if regressions:
+            with _noting_failure(night, "alert"):
+                _alert(options.evaluation.path, settings, regressions, page)
+    return {
+        **dataclasses.asdict(night),
+        "regressions": [regression.to_dict() for regression in regressions],
+        "page": page,
+        "exit_code": REGRESSED if regressions else int(bool(night.failed)),
+    }
+
+
+@contextmanager
+def _noting_failure(night: Night, name: str) -> Iterator[None]:
+    try:
+        yield
+    except TesseraError as error:
+        logger.error("%s: %s", name, error)
+        night.failed[name] = str(error)
+
+
+class _Claims:
+    """The claims of one night, given back at its end."""
+
+    def __init__(self, evaluation_path: str, lease_seconds: float):
+        self._folder = storage.join(evaluation_path, "claims")
+        self._lease_seconds = lease_seconds
+        self._held: dict[str, Claim] = {}
+
+    def __enter__(self) -> "_Claims":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for claim in self._held.values():
+            claim.release()
+
+    def take(self, identifier: str) -> bool:
+        """Whether the work is ours."""
+        if identifier not in self._held:
+            claim = take_claim(self._folder, identifier, self._lease_seconds)
+            if claim is None:
+                return False
+            self._held[identifier] = claim
+        return True
+
+    def are_elsewhere(self, identifier: str) -> bool:
+        """Whether the work is someone else's."""
+        return identifier not in self._held and is_claimed(self._folder, identifier, self._lease_seconds)
+
+
+def _visit(candidate: Candidate, night: Night, claims: _Claims, deadline: float) -> None:
+    path = candidate.commit.path
+    options = dataclasses.replace(candidate.options, checkpoint=path)
+    evaluation_path = options.evaluation.path
+    preparation = prepare(options)
+    identifier = record_id(preparation.identity)
+    if (record := find_record(evaluation_path, identifier)) is not None:
+        night.present[path] = record.path
+    elif time.monotonic() + _expected_seconds(evaluation_path, options.evaluation.num_samples) > deadline:
+        logger.warning("%s is left for another night: nightly.time_budget_seconds does not suffice", path)
+        night.out_of_time.append(path)
+    elif not claims.take(identifier):
+        logger.info("%s is being evaluated by another nightly", path)
+        night.claimed_elsewhere.append(path)
+    elif (record := find_record(evaluation_path, identifier)) is not None:  # between the look and the claim
+        night.present[path] = record.path
+    else:
+        try:
+            night.evaluated[path] = evaluate(options, _progress_until(deadline)).path
+        except BudgetSpent as error:
+            logger.warning("%s is left for another night: %s", path, error)
+            night.out_of_time.append(path)
+
+
+def _expected_seconds(evaluation_path: str, num_samples: int) -> float:
+    """What the last evaluation of so many samples took; nothing is known at first."""
+    alike = [r for r in list_records(evaluation_path) if r.content["evaluation"]["num_samples"] == num_samples]
+    return alike[-1].content["wall_seconds"]["total"] if alike else 0.0
+
+
+def _progress_until(deadline: float) -> Any:
+    report = log_progress()
+
+    def progress(done: dict[str, int], totals: dict[str, int]) -> None:
+        if time.monotonic() > deadline:
+            raise BudgetSpent("nightly.time_budget_seconds is over while it runs. Raise it, or lower num_samples.")
+        report(done, totals)
+
+    return progress
+
+
+def _render(options: EvaluateOptions, settings: NightlyOptions, page: str) -> None:
+    """Writes the page, again if records came in the meantime: a page of two nightlies at once has those of both."""
+    title = f"Evaluation of {', '.join(settings.runs) or options.run.path}"
+    shown: list[str] | None = None
+    while shown != (present := _record_paths(options.evaluation.path)):
+        write_report(options, page, title, threshold=settings.regression_threshold)
+        shown = present
+
+
+def _record_paths(evaluation_path: str) -> list[str]:
+    return storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
+
+
+def _alert_path(evaluation_path: str, record: Record) -> str:
+    return storage.join(evaluation_path, "alerts", f"{record.id}.json")
+
+
+def _new_regressions(evaluation_path: str, settings: NightlyOptions, claims: _Claims) -> list[Regression]:
+    """Of the newest record of every series, what got worse and was not told yet, nor is about to be told elsewhere."""
+    found = []
+    for series in group_series(list_records(evaluation_path)):
+        record = series[-1]
+        regressions = find_regressions(series, settings.regression_threshold)
+        if regressions and not claims.are_elsewhere(record.id):
+            if not storage.exists(_alert_path(evaluation_path, record)):
+                found += regressions
+    return found
+
+
+def _alert(evaluation_path: str, settings: NightlyOptions, regressions: list[Regression], page: str) -> None:
+    for regression in regressions:
+        difference = regression.difference
+        logger.warning(
+            "%s of step %d is %.6g, %.1f standard errors worse than %.6g of step %d (%s)",
+            difference.metric,
+            regression.record.step,
+            difference.after,
+            difference.worse_by,
+            difference.before,
+            regression.best.step,
+            regression.record.run,
+        )
+    message = {"page": page, "regressions": [regression.to_dict() for regression in regressions]}
+    notify(settings, message)
+    for regression in regressions:
+        storage.put_if_absent(_alert_path(evaluation_path, regression.record), json.dumps(message).encode())

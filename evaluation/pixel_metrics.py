@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from evaluation.batches import padded_batches
 from evaluation.weights import PretrainedFile, load_pretrained, weights_fingerprint
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.lpips import Lpips
@@ -60,16 +61,14 @@ class LpipsDistance:
             ) from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = network.to(self.device)
-        self.batch_size = options.batch_size
         self.fingerprint = weights_fingerprint(network, {"name": "lpips-vgg16"})
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
         values = []
-        for start in range(0, len(images), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            x, y = (to_float(torch.from_numpy(np.array(a[batch]))).to(self.device) for a in (images, others))
-            values.append(self.network(x, y).double().cpu().numpy())
+        for n, batch in padded_batches(images, others):
+            x, y = (to_float(torch.from_numpy(array)).to(self.device) for array in batch)
+            values.append(self.network(x, y)[:n].double().cpu().numpy())
         return np.concatenate(values) if values else np.empty(0)
 
 

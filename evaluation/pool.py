@@ -70,7 +70,7 @@ class ActorPool:
                 starting = list(self._starting)
             done, _ = ray.wait(starting, timeout=WAIT_NOTICE_SECONDS)
             if not done:
-                logger.warning("Waiting for free CPUs (or GPUs) to start a %s actor", self.name)
+                logger.warning("Waiting for a %s actor to start", self.name)
 
     def release(self, actor: Any) -> None:
         """Ends one call of `acquire`."""

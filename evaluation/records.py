@@ -1,8 +1,18 @@
-"""Evaluation records: immutable, one JSON file per evaluation, named by the hash of all that decides its numbers."""
+"""Evaluation records: immutable, one JSON file per evaluation, named by the hash of all that decides its numbers.
 
+Beside each record lies a Parquet file with a row per metric, under `history/`: that folder is a table of everything
+ever measured, for pandas, DuckDB and the like. The JSON file is the record; the table can be made again from it.
+"""
+
+import datetime
+import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from evaluation.hashing import canonical_hash
 from pipeline import storage
@@ -10,6 +20,26 @@ from stages.errors import ArtefactError
 
 FORMAT = "tessera-evaluation-record"
 FORMAT_VERSION = 1
+ROWS = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("standard_error", pa.float64()),
+        ("bias_corrected", pa.float64()),
+        ("num_samples", pa.int64()),
+        ("record_id", pa.string()),
+        ("run", pa.string()),
+        ("step", pa.int64()),
+        ("checkpoint", pa.string()),
+        ("checkpoint_hash", pa.string()),
+        ("distance", pa.string()),
+        ("extractor_fingerprint", pa.string()),
+        ("reference_key", pa.string()),
+        ("sampling", pa.string()),
+        ("seed", pa.int64()),
+        ("created_at", pa.timestamp("ms", tz="UTC")),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,11 @@ class Record:
     @property
     def step(self) -> int:
         return self.content["step"]
+
+    @property
+    def run(self) -> str:
+        """Folder of the run whose checkpoint was measured."""
+        return self.content["checkpoint"].rsplit("/checkpoints/", 1)[0]
 
     @property
     def created_at(self) -> str:
@@ -73,7 +108,44 @@ def write_record(evaluation_path: str, identifier: str, content: dict[str, Any],
     text = json.dumps({**body, "sha256": canonical_hash(body)}, indent=2, allow_nan=False, ensure_ascii=False)
     path = record_path(evaluation_path, identifier)
     storage.put_if_absent(path, text.encode())
-    return read_record(path)
+    record = read_record(path)
+    write_rows(evaluation_path, [record])
+    return record
+
+
+def write_rows(evaluation_path: str, records: Iterable[Record]) -> None:
+    """Writes the rows of records that have none yet."""
+    folder = storage.join(evaluation_path, "history")
+    present = set(storage.list_files(folder, suffix=".parquet"))
+    for record in records:
+        path = storage.join(folder, f"{record.id}.parquet")
+        if path not in present:
+            buffer = io.BytesIO()
+            pq.write_table(_rows(record), buffer)
+            storage.put_if_absent(path, buffer.getvalue())
+
+
+def _rows(record: Record) -> pa.Table:
+    content = record.content
+    shared = {
+        "record_id": record.id,
+        "run": record.run,
+        "step": record.step,
+        "checkpoint": content["checkpoint"],
+        "checkpoint_hash": content.get("checkpoint_hash"),
+        "distance": content.get("distance"),
+        "extractor_fingerprint": content.get("extractor_fingerprint"),
+        "reference_key": content.get("reference", {}).get("key"),
+        "sampling": json.dumps(content.get("sampling")),
+        "seed": content.get("seed"),
+        "created_at": datetime.datetime.fromisoformat(record.created_at),
+    }
+    estimates = ("value", "standard_error", "bias_corrected")
+    rows = [
+        {"metric": name, **{key: metric.get(key) for key in estimates}, "num_samples": metric["num_samples"], **shared}
+        for name, metric in record.metrics.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=ROWS)
 
 
 def find_record(evaluation_path: str, identifier: str) -> Record | None:

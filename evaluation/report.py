@@ -1,7 +1,9 @@
-"""The report: one static page that needs no network, no script and no other file."""
+"""The report: one static page per store that needs no network and no other file. Without its script it shows everything,
+with it one steps through nights and classes."""
 
 import base64
 import datetime
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.charts import Bar, Series, bar_chart, line_chart, thin
+from evaluation.compare import Regression
+from evaluation.labels import metric_label, run_name, sampling_text
+from evaluation.records import Record
+from evaluation.trends import trend_groups
+from evaluation.viewer import Pictures
 from stages.errors import ConfigError
 
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 MAX_CURVE_POINTS = 240
 PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 LOG_SCALE_FROM = 20.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
@@ -18,19 +26,6 @@ LOG_SCALE_FROM = 20.0  # a loss that falls by more than this factor is drawn on 
 # The three distances are measured the same way; the first is the least that can be hoped for.
 HOLDOUT, RECONSTRUCTIONS, SAMPLES = ("fd_holdout", "fid_holdout"), ("rfd", "rfid"), ("gfd", "gfid")
 DISTANCES = (("Held-out real images (floor)", HOLDOUT), ("Reconstructions", RECONSTRUCTIONS), ("Samples", SAMPLES))
-LABELS = {
-    "fd_holdout": "Held-out",
-    "fid_holdout": "Held-out",
-    "rfd": "Reconstructions",
-    "rfid": "Reconstructions",
-    "gfd": "Samples",
-    "gfid": "Samples",
-    "psnr": "PSNR of reconstructions, dB",
-    "codebook_usage": "Share of codebook used",
-    "codebook_perplexity": "Codebook perplexity",
-    "validation_nll": "Validation NLL, nats per code",
-    "validation_bits_per_image": "Validation, bits per image",
-}
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,6 @@ class Curve:
     unit: str = ""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A picture with its caption; `alt` says what it shows to those who cannot see it."""
-
-    caption: str
-    png: bytes
-    alt: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
     """What the page shows; nothing on it comes from elsewhere.
@@ -61,12 +47,12 @@ class ReportData:
         title: heading of the page.
         created_at: when the page was made, as text.
         summary: the few numbers that matter, label to text, in order.
-        config_yaml: the run's resolved configuration.
-        records: evaluation records, oldest first: dicts with `step`, `created_at`, `metrics` (name to `value`,
-            `standard_error`, `num_samples` and perhaps `bias_corrected`), `distance` (the distance's name with its
-            extractor) and perhaps `path` (link to the record's file, relative to the page).
+        config_yaml: the resolved configuration.
+        records: evaluation records, oldest first.
+        links: by record id, the record's file relative to the page.
+        regressions: what got worse.
+        pictures: samples over time, real images, reconstructions.
         curves: losses of both stages.
-        grids: samples, real images and reconstructions.
         wall_seconds: how long each part took, in order.
     """
 
@@ -74,9 +60,11 @@ class ReportData:
     created_at: str
     summary: Mapping[str, str] = field(default_factory=dict)
     config_yaml: str = ""
-    records: Sequence[Mapping[str, Any]] = ()
+    records: Sequence[Record] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
+    regressions: Sequence[Regression] = ()
+    pictures: Pictures = Pictures()
     curves: Sequence[Curve] = ()
-    grids: Sequence[Grid] = ()
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -86,17 +74,21 @@ def render_report(data: ReportData) -> str:
     Raises:
         ConfigError: jinja2 is not installed.
     """
-    latest = data.records[-1] if data.records else None
+    latest = data.records[-1].content if data.records else None
+    script, style = _asset("report.js"), _asset("report.css")
     return _template().render(
         data=data,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         latest=latest,
         distances=_distance_rows(latest) if latest else [],
         distance_bars=_distance_bars(latest) if latest else "",
         measurements=_other_rows(latest) if latest else [],
-        grids=[(grid, base64.b64encode(grid.png).decode()) for grid in data.grids],
+        regressions=[_regression_row(regression, data.links) for regression in data.regressions],
         curves=[_curve_chart(curve) for curve in data.curves],
-        trend=_trend(data.records),
-        table=_record_table(data.records),
+        trends=trend_groups(data.records),
+        table=_record_table(data.records, data.links),
         seconds=[(name, format_seconds(value)) for name, value in data.wall_seconds.items()],
         total_seconds=format_seconds(sum(data.wall_seconds.values())),
     )
@@ -132,6 +124,11 @@ def format_time(text: str) -> str:
     return text if time.tzinfo is None else time.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def _asset(name: str) -> str:
+    with open(os.path.join(FOLDER, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def _template() -> Any:
     try:
         import jinja2
@@ -139,7 +136,7 @@ def _template() -> Any:
         raise ConfigError(
             "jinja2 is not installed, but the report page needs it. Run pip install 'tessera[demo]'."
         ) from None
-    loader = jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__)))
+    loader = jinja2.FileSystemLoader(FOLDER)
     # Charts are marked as HTML one by one; all else is escaped.
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["time"] = format_time
@@ -182,7 +179,7 @@ def _distance_bars(record: Mapping[str, Any]) -> str:
 def _other_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     known = {name for _, names in DISTANCES for name in names}
     others = [(name, metric) for name, metric in record["metrics"].items() if name not in known]
-    return [(LABELS.get(name, name), _text(metric), f"{metric['num_samples']:,}") for name, metric in others]
+    return [(metric_label(name), _text(metric), f"{metric['num_samples']:,}") for name, metric in others]
 
 
 def _curve_chart(curve: Curve) -> dict[str, str]:
@@ -200,38 +197,37 @@ def _curve_chart(curve: Curve) -> dict[str, str]:
     return {"name": curve.name + unit, "svg": chart, "note": "; ".join(notes)}
 
 
-def _protocol(record: Mapping[str, Any]) -> tuple[str, int] | None:
-    """What two distances of samples must have in common to be compared: extractor and number of images."""
-    samples = _metric(record, SAMPLES)
-    return (record["distance"], samples["num_samples"]) if samples else None
+def _regression_row(regression: Regression, links: Mapping[str, str]) -> dict[str, Any]:
+    difference, record, best = regression.difference, regression.record, regression.best
+    return {
+        "label": metric_label(difference.metric),
+        "run": run_name(record.run),
+        "step": record.step,
+        "value": _text(record.metrics[difference.metric]),
+        "link": links.get(record.id),
+        "best_step": best.step,
+        "best_value": _text(best.metrics[difference.metric]),
+        "best_link": links.get(best.id),
+        "worse_by": f"{difference.worse_by:.1f}",
+    }
 
 
-def _trend(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Distances over steps, from the records measured like the newest one."""
-    alike = [record for record in records if _protocol(record) and _protocol(record) == _protocol(records[-1])]
-    if not alike:
-        return None
-    alike.sort(key=lambda record: record["step"])
-    series = []
-    for colour, (label, names) in enumerate(DISTANCES):
-        found = [(record["step"], metric) for record in alike if (metric := _metric(record, names))]
-        if found:
-            steps, values = [step for step, _ in found], [metric["value"] for _, metric in found]
-            errors = [metric.get("standard_error") for _, metric in found]
-            series.append(Series(label.split(" (")[0], steps, values, errors, colour=colour))
-    title = f"{alike[-1]['distance']} over training steps, {len(alike)} records"
-    svg = line_chart(series, title=title, x_label="training step", from_zero=True)
-    return {"svg": svg, "num_records": len(alike), "num_left_out": len(records) - len(alike)}
-
-
-def _record_table(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _record_table(records: Sequence[Record], links: Mapping[str, str]) -> dict[str, Any]:
     """All records, newest first; one column per metric that occurs, what matters most on the left."""
-    present = [name for record in records for name in record["metrics"]]
+    present = [name for record in records for name in record.metrics]
     names = list(dict.fromkeys([*(n for n in (*SAMPLES, *RECONSTRUCTIONS, *HOLDOUT) if n in present), *present]))
     rows = []
     for record in reversed(records):
-        cells = [_text(record["metrics"][name]) if name in record["metrics"] else "–" for name in names]
-        samples = _metric(record, SAMPLES)
-        count = f"{samples['num_samples']:,}" if samples else "–"
-        rows.append({"record": record, "path": record.get("path"), "cells": cells, "num_samples": count})
-    return {"heads": [LABELS.get(name, name) for name in names], "rows": rows}
+        cells = [_text(record.metrics[name]) if name in record.metrics else "–" for name in names]
+        samples = _metric(record.content, SAMPLES)
+        rows.append(
+            {
+                "content": record.content,
+                "link": links.get(record.id),
+                "run": run_name(record.run),
+                "sampling": sampling_text(record.content["sampling"]),
+                "cells": cells,
+                "num_samples": f"{samples['num_samples']:,}" if samples else "–",
+            }
+        )
+    return {"heads": [metric_label(name) for name in names], "rows": rows}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from evaluation.estimates import Estimate, leave_one_out, mean_estimate, perplex
 from evaluation.grids import grid_positions, tiles_png
 from evaluation.metrics import MetricPlan
 from evaluation.set_tally import Features, SetTally
+from pipeline.grids import default_columns
 from stages.errors import TesseraError
 
 Item = tuple[int, int]
@@ -39,12 +41,18 @@ class _Grid:
 
     def __init__(self, labels: np.ndarray, num_images: int):
         self.positions, self.columns = grid_positions(labels, num_images)
+        self._labels = labels
         self._wanted = np.sort(self.positions)
         self.tiles: dict[int, np.ndarray] = {}
 
     def tiles_in(self, item: Item) -> list[int]:
         first, last = np.searchsorted(self._wanted, item)
         return [int(position) - item[0] for position in self._wanted[first:last]]
+
+    def layout(self) -> dict[str, Any]:
+        """Where each tile stands: `num_columns`, and the class of every tile row by row (-1 where there is none)."""
+        columns = self.columns or default_columns(len(self.positions))
+        return {"num_columns": columns, "labels": self._labels[self.positions].tolist()}
 
     def add(self, item: Item, tiles: dict[int, np.ndarray]) -> None:
         self.tiles.update({item[0] + position: tile for position, tile in tiles.items()})
@@ -71,6 +79,10 @@ class SampleTally:
         """Adds the features float32 (n, d) by key, and the tiles of one item."""
         self.metrics.add(np.arange(*item), features)
         self._grid.add(item, tiles)
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """Where the tiles of each grid stand."""
+        return {"samples": self._grid.layout()}
 
     def grids(self) -> dict[str, bytes]:
         """The grid of samples as PNG."""
@@ -155,6 +167,10 @@ class HoldoutTally:
         """The grid of real images, each with its reconstruction to the right, as PNG."""
         pairs = {p: np.concatenate([pair[0], pair[1]], axis=1) for p, pair in self._grid.tiles.items()}
         return tiles_png(pairs, self._grid.positions, max(1, (self._grid.columns or 8) // 2))
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """Where the tiles of each grid stand."""
+        return {name: self._grid.layout() for name in ("real", "reconstructions")}
 
     def grids(self) -> dict[str, bytes]:
         """The grids of real images and of their reconstructions, image by image in the same places."""

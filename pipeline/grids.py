@@ -6,6 +6,11 @@ import numpy as np
 from PIL import Image
 
 
+def default_columns(num_images: int) -> int:
+    """Columns of a grid that is about square."""
+    return int(np.ceil(np.sqrt(num_images)))
+
+
 def grid_png(images: np.ndarray, num_columns: int | None = None, zoom: int | None = None, gap: int = 2) -> bytes:
     """A PNG of uint8 images (n, H, W, C) row by row, on white; small images are enlarged by whole factors.
 
@@ -15,7 +20,7 @@ def grid_png(images: np.ndarray, num_columns: int | None = None, zoom: int | Non
         gap: pixels between tiles, after zooming.
     """
     n, h, w, channels = images.shape
-    columns = num_columns or int(np.ceil(np.sqrt(n)))
+    columns = num_columns or default_columns(n)
     factor = zoom or max(1, 64 // h)
     tiles = images.repeat(factor, axis=1).repeat(factor, axis=2)
     rows = -(-n // columns)

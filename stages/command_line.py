@@ -150,7 +150,10 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
     evaluate = configured(add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate.add_argument("--tokenizer", action="store_true", help="measure the tokenizer at tokenizer.path alone")
-    evaluate.add_argument("--verify", metavar="RECORD", help="recompute this record and compare")
+    modes = evaluate.add_mutually_exclusive_group()
+    modes.add_argument("--verify", metavar="RECORD", help="recompute this record and say what differs")
+    modes.add_argument("--compare", metavar="RECORD", help="measure, and compare with this record")
+    modes.add_argument("--sweep", action="store_true", help="search for the best sampling options, see docs/nightly.md")
     reference = configured(
         add(
             "reference",

@@ -7,8 +7,11 @@ Only dataclasses live here, so that reading a configuration imports neither torc
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.evaluation_options import EvaluationOptions
+from stages.nightly_options import NightlyOptions, SweepOptions
 from stages.option import option
 from stages.quantizer_options import QuantizerOptions, QuantizerTrainOptions
+from stages.sampling_options import SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,66 +338,6 @@ class ScalingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How codes are drawn. A sample depends on the checkpoint, these options and its global index, nothing else."""
-
-    path: str = option("runs/samples", "Folder of the samples that `sample` writes.")
-    num_samples: int = option(64, "Samples that `sample` draws.", low=1)
-    weights: Literal["average", "last"] = option(
-        "average", "average: the averaged weights where the checkpoint has them; last: those of its step."
-    )
-    labels: tuple[int, ...] | None = option(None, "Classes to draw, cycled by sample index; all classes if not given.")
-    cfg_scale: float = option(1.0, "Classifier-free guidance; 1 turns it off.", low=0.0)
-    cfg_schedule: Literal["constant", "linear", "power-cosine"] = option(
-        "constant", "How guidance grows over the codes."
-    )
-    cfg_power: float = option(2.75, "Exponent of power-cosine (RAR, Yu et al. 2024).", above=0.0)
-    temperature: float = option(1.0, "Divides the logits.", above=0.0)
-    top_k: int | None = option(None, "Keep the k likeliest codes; all if not given.", low=1)
-    top_p: float = option(1.0, "Keep the smallest set of codes with this much probability.", above=0.0, high=1.0)
-    seed: int = option(0, "Seeds the draws.", low=0)
-    group_size: int = option(32, "Consecutive indices computed together, always whole, so shapes never change.", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """What is measured, on how many samples, against what."""
-
-    path: str = option("runs/evaluation", "Folder of records, reference statistics and the report.")
-    num_samples: int = option(10_000, "Samples drawn, reconstructions made and held-out images taken.", low=2)
-    num_reference_images: int | None = option(
-        None, "Training images behind the reference statistics; all if not given.", low=2
-    )
-    num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
-    num_feature_actors: int = option(1, "Actors that compute features.", low=1)
-    metrics: tuple[str, ...] = option(
-        ("fd", "psnr", "ssim", "codebook", "likelihood"),
-        "Names from evaluation.metrics.METRICS; NAME@EXTRACTOR measures on another extractor than the one below.",
-    )
-    extractor: str = option(
-        "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
-    )
-    extractor_resolution: int | None = option(
-        None,
-        "Side to which images are resized for that extractor, part of the metric's name; the network's own if not given.",
-        low=32,
-    )
-    weights_path: str = option(
-        "~/.cache/tessera/weights", "Folder of pretrained weights under their published names. Local or s3://."
-    )
-    download_weights: bool = option(False, "Fetch weights that are not there from where their authors publish them.")
-    reference_path: str | None = option(
-        None, "Statistics to measure against (.npz of pytorch-fid or ADM) in place of those of the training images."
-    )
-    num_pairwise_images: int = option(
-        10_000, "Images of each set for metrics that compare images one by one (kd, cmmd, precision …).", low=16
-    )
-    batch_size: int = option(32, "Images per call of an extractor. Changes the speed, not the numbers.", low=1)
-    num_blocks: int = option(10, "Blocks of the jackknife that gives the standard errors.", low=2)
-    num_grid_images: int = option(64, "Images per grid on the report page.", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration. Commands take the sections they need, never this."""
 
@@ -412,3 +355,5 @@ class Config:
     scaling: ScalingOptions = ScalingOptions()
     sampling: SamplingOptions = SamplingOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    nightly: NightlyOptions = NightlyOptions()
+    sweep: SweepOptions = SweepOptions()

@@ -48,27 +48,51 @@ def break_store(monkeypatch: pytest.MonkeyPatch, fault: str) -> tuple[str, tuple
     return path, words
 
 
+class Server:
+    """SeaweedFS with its data in a folder, for a `with` statement; it can be killed and started again in between.
+
+    Sets the AWS environment variables that lead to it.
+    """
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._ports = free_ports(4)
+        self._patch = pytest.MonkeyPatch()
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "testkey",
+            "AWS_SECRET_ACCESS_KEY": "testsecret12345",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._ports[3]}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def __enter__(self) -> "Server":
+        for name, value in self.environment.items():
+            self._patch.setenv(name, value)
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self._patch.undo()
+
+    def start(self) -> None:
+        command = server_command(self._folder, self._ports)
+        self._process = subprocess.Popen(
+            command, env=server_environment(), stderr=subprocess.DEVNULL, cwd=self._folder
+        )
+        wait_until_ready(self._process)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
 @contextmanager
 def running_server(folder: str) -> Iterator[dict[str, str]]:
     """SeaweedFS with its data in `folder`; yields, and sets, the AWS environment variables that lead to it."""
-    ports = free_ports(4)
-    environment = {
-        "AWS_ACCESS_KEY_ID": "testkey",
-        "AWS_SECRET_ACCESS_KEY": "testsecret12345",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[3]}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        command = server_command(folder, ports)
-        server = subprocess.Popen(command, env=server_environment(), stderr=subprocess.DEVNULL, cwd=folder)
-        try:
-            wait_until_ready(server)
-            yield environment
-        finally:
-            server.send_signal(signal.SIGKILL)
-            server.wait()
+    with Server(folder) as server:
+        yield server.environment
 
 
 def free_ports(count: int) -> list[int]:

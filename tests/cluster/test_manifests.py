@@ -115,6 +115,22 @@ def test_the_cron_job_goes_to_the_standing_cluster_and_never_overlaps():
     assert cron["spec"]["concurrencyPolicy"] == "Forbid" and container["workingDir"] == "/opt/tessera"
 
 
+def test_the_ray_cron_job_starts_a_cluster_per_night_and_cleans_up():
+    cron = yaml.safe_load((ROOT / "cluster" / "kuberay" / "raycronjob-nightly.yaml").read_text())
+    assert (cron["kind"], set(cron["spec"])) == ("RayCronJob", {"schedule", "timeZone", "jobTemplate"})
+    job = cron["spec"]["jobTemplate"]
+    assert job["shutdownAfterJobFinishes"] and job["ttlSecondsAfterFinished"] and job["backoffLimit"] == 0
+    assert "nightly" in job["entrypoint"].split()
+
+
+def test_the_lines_for_a_crontab_parse():
+    page = (ROOT / "docs" / "nightly.md").read_text()
+    (line,) = re.findall(r"```crontab\n(.*?)\n```", page)
+    words = shlex.split(line.split("ray_job.py", 1)[1].split(">>")[0])
+    assert ray_job.parse(ray_job.build_parser(), words).command == "nightly"
+    assert len(line.split()[:5]) == 5 and "%" not in line, "a % ends a line of cron"
+
+
 def test_ray_up_follows_rays_schema():
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     config = yaml.safe_load(AWS.read_text())

@@ -45,6 +45,7 @@ def weights_path(tmp_path_factory):
     """A folder of random weights for every extractor that has none here; they pass for the published files."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.batches.BATCH_SIZE", BATCH)
         for name in sorted(set(EXTRACTORS) - set(PUBLISHED)):
             cls = extractor_class(name)
             patch.setattr(cls, "FILE", dataclasses.replace(cls.FILE, sha256=""))
@@ -57,7 +58,7 @@ def options_of(name: str, weights_path: str, **changes) -> EvaluationOptions:
     if "resolution" not in changes and name in PUBLISHED:
         changes["resolution"] = SIDE
     changes["extractor_resolution"] = changes.pop("resolution", None)
-    return EvaluationOptions(extractor=name, weights_path=weights_path, batch_size=BATCH, **changes)
+    return EvaluationOptions(extractor=name, weights_path=weights_path, **changes)
 
 
 @pytest.fixture(scope="module", params=sorted(EXTRACTORS))
@@ -142,7 +143,7 @@ def test_sides_that_a_network_does_not_have_are_refused(weights_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sees_real_images_alike_and_damaged_ones_apart(name, weights_path, scenes):
     """A split of real images is nearest, and more noise is further; raw pixels fail this."""
-    extractor = open_extractor(name, dataclasses.replace(options_of(name, weights_path), batch_size=32))
+    extractor = open_extractor(name, options_of(name, weights_path))
     reference = Reference.of(GaussianStatistics.of(extractor(scenes[:200])[FEATURES]))
     generator = np.random.default_rng(0)
     real = scenes[200:]

@@ -7,114 +7,31 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import psutil
 import pytest
-import torch
+import ray
+from evaluation_support import GRID, NUM_SAMPLES, STEP, make_checkpoint, make_tokenizer, write_job
 from PIL import Image
-from safetensors.torch import save_file
 
-from cluster.checkpoints import WEIGHTS, Commit, checkpoint_path, file_entry, write_commit
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.make_reference import make_references
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
 from evaluation.reference_job import ReferenceOptions
-from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
-from pipeline.tokenize_images import TokenizeOptions, tokenize
-from stages.config import to_dict
-from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import save_tokenizer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
-from stages.options import (
-    CodesOptions,
-    ConditioningOptions,
-    EvaluationOptions,
-    ImageOptions,
-    ModelOptions,
-    RunOptions,
-    SamplingOptions,
-    SourceOptions,
-    TokenizerOptions,
-)
-from stages.second_stage.transformer import Transformer, transformer_config
+from stages.errors import ArtefactError, ConfigError, TesseraError
+from stages.options import ImageOptions, RunOptions, SamplingOptions, TokenizerOptions
 
 pytestmark = pytest.mark.ray
-
-SIZE, GRID, CODEBOOK, NUM_SAMPLES, STEP = 16, (4, 4), 32, 40, 7
-
-
-def make_tokenizer(folder: str, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = TokenizerConfig(
-        resolution=SIZE,
-        in_channels=3,
-        codebook_size=CODEBOOK,
-        codebook_dim=4,
-        base_channels=32,
-        channel_multipliers=(1, 1, 1),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        z_channels=8,
-    )
-    return save_tokenizer(Tokenizer(config), folder)
-
-
-def make_checkpoint(run_path: str, dataset: CodeDataset) -> Commit:
-    num_classes = len(dataset.class_names)
-    torch.manual_seed(0)
-    options = ModelOptions(num_layers=1, hidden_size=16, num_heads=2)
-    config = transformer_config(
-        options,
-        ConditioningOptions(name="class" if num_classes else "none"),
-        codebook_size=CODEBOOK,
-        grid=GRID,
-        num_classes=num_classes,
-    )
-    model = Transformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = checkpoint_path(run_path, STEP, "attempt")
-    os.makedirs(folder)
-    save_file(model.state_dict(), os.path.join(folder, WEIGHTS))
-    content = {
-        "step": STEP,
-        "train_loss": 3.0,
-        "root_hash": dataset.root_hash,
-        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
-        "encoding": encoding_of(dataset.manifest),
-        "transformer": to_dict(config),
-        "files": [file_entry(os.path.join(folder, WEIGHTS), WEIGHTS)],
-    }
-    return write_commit(folder, content)
 
 
 @pytest.fixture(scope="module")
 def options(ray_cluster, tmp_path_factory) -> EvaluateOptions:
     """A tokenizer, its code dataset, and a checkpoint that belongs to both."""
-    root = tmp_path_factory.mktemp("evaluate")
-    source, images = SourceOptions(num_images=60, num_holdout_images=48), ImageOptions(size=SIZE)
-    tokenizer, codes = TokenizerOptions(path=str(root / "tokenizer")), CodesOptions(path=str(root / "codes"))
-    make_tokenizer(tokenizer.path, seed=0)
-    tokenize(TokenizeOptions(source=source, images=images, tokenizer=tokenizer, codes=codes))
-    make_checkpoint(str(root / "run"), CodeDataset.open(codes.path, verify=True))
-    return EvaluateOptions(
-        run=RunOptions(path=str(root / "run")),
-        source=source,
-        images=images,
-        tokenizer=tokenizer,
-        codes=codes,
-        sampling=SamplingOptions(group_size=8, cfg_scale=2.0, seed=5),
-        evaluation=EvaluationOptions(
-            path=str(root / "evaluation"),
-            num_samples=NUM_SAMPLES,
-            num_blocks=4,
-            num_grid_images=20,
-            extractor_resolution=32,
-        ),
-    )
+    return write_job(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +101,7 @@ def kill_one_of_each(kinds: list[str], stop: threading.Event) -> None:
 
 
 def test_more_actors_and_a_kill_in_each_kind_change_no_number(record, options, tmp_path):
-    alive, stop = ["SamplerActor", "FeatureActor"], threading.Event()
+    alive, stop = ["SamplerActor", "FeatureActor", "EvaluationActor"], threading.Event()
     killer = threading.Thread(target=kill_one_of_each, args=(alive, stop))
     killer.start()
     try:
@@ -206,11 +123,6 @@ def test_a_record_is_verified_by_measuring_again_and_a_wrong_one_is_not(record, 
     other_defaults = dataclasses.replace(with_evaluation(options, num_samples=24), sampling=SamplingOptions())
     problems = verify_record(forged.path, other_defaults)
     assert len(problems) == 1 and problems[0].startswith("gfd value: the record has")
-
-
-def test_another_batch_size_and_other_actors_confirm_every_number(record, options):
-    other = with_evaluation(options, batch_size=9, num_sampler_actors=2, num_feature_actors=2)
-    assert verify_record(record.path, other) == []
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +150,7 @@ def test_a_tokenizer_is_measured_alone(rich_record, options):
 def test_a_tokenizers_record_is_verified_and_found_again(rich_record, options):
     record, rich = rich_record
     assert evaluate(dataclasses.replace(rich, checkpoint=None)) == record
-    assert verify_record(record.path, with_evaluation(rich, num_feature_actors=2, batch_size=5)) == []
+    assert verify_record(record.path, with_evaluation(rich, num_feature_actors=2, item_size=8)) == []
 
 
 def test_statistics_of_a_file_serve_in_place_of_the_training_images(record, options, tmp_path):
@@ -261,7 +173,7 @@ def test_a_record_of_other_images_does_not_verify_and_says_why(record, options):
 
 
 def test_seed_and_sampling_make_another_record_actors_and_grids_do_not(record, options):
-    same = with_evaluation(options, num_feature_actors=3, num_grid_images=4, batch_size=7)
+    same = with_evaluation(options, num_feature_actors=3, num_grid_images=4, item_size=8)
     assert prepare(same).identity == record.content["identity"]
     for other in (
         dataclasses.replace(options, seed=6),
@@ -304,7 +216,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
 
 
 def test_fewer_held_out_images_than_samples_are_warned_of(options, caplog):
-    with caplog.at_level(logging.WARNING, logger="evaluation.evaluate"):
+    with caplog.at_level(logging.WARNING, logger="evaluation.prepare"):
         preparation = prepare(with_evaluation(options, num_samples=64))
     assert len(preparation.assignment.holdout_uris) == 48
     assert "there are 48 held-out images" in caplog.text
@@ -312,3 +224,26 @@ def test_fewer_held_out_images_than_samples_are_warned_of(options, caplog):
 
 def test_records_of_an_evaluation_read_back(record):
     assert read_record(record.path) == record
+
+
+def test_what_the_cluster_has_no_room_for_is_said_and_leaves_no_record(options, tmp_path):
+    crowded = with_evaluation(
+        options, path=str(tmp_path), num_feature_actors=3, cpus_per_actor=1.0, start_timeout_seconds=1.0
+    )
+    with pytest.raises(TesseraError, match="needs 4 times 1 CPU, but the cluster has 2 CPU, of which 2 CPU free"):
+        evaluate(crowded)
+    unknown = with_evaluation(options, path=str(tmp_path), actor_resource="evaluation", start_timeout_seconds=1.0)
+    with pytest.raises(TesseraError, match="0 evaluation"):
+        evaluate(unknown)
+    assert list_records(str(tmp_path)) == []
+    wait_until_free()
+
+
+def wait_until_free():
+    """Nothing that an evaluation reserved stays reserved."""
+    while ray.available_resources().get("CPU") != 2.0:
+        time.sleep(0.1)
+
+
+def test_a_record_verifies_on_other_actors_with_another_batch_size(record, options):
+    assert verify_record(record.path, with_evaluation(options, num_sampler_actors=2, item_size=8)) == []

@@ -1,17 +1,22 @@
 """The report page: self-contained, escaped, honest about what can be compared, whole with little to show."""
 
 import base64
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from report_support import NAME, metric, pictures, record
 
-from evaluation.report import Curve, Grid, ReportData, format_seconds, format_time, format_value, render_report
-from pipeline.grids import grid_png
+from evaluation.compare import find_regressions
+from evaluation.labels import metric_label
+from evaluation.records import Record
+from evaluation.report import Curve, ReportData, format_seconds, format_time, format_value, render_report
+from evaluation.viewer import gather_pictures
 
-NAME = "Fréchet distance (efficientnet-lite0@96)"
-VOID = {"meta", "link", "img", "br", "hr"}
+VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
@@ -38,56 +43,43 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def record(step, gfd, num_samples=512, distance=NAME, **extra):
-    metrics = {
-        "fd_holdout": {"value": 21.3, "standard_error": 0.55, "num_samples": num_samples},
-        "rfd": {"value": 58.9, "standard_error": 1.8, "num_samples": num_samples},
-        "gfd": {"value": gfd, "standard_error": 3.3, "num_samples": num_samples, "bias_corrected": gfd - 14},
-        "codebook_usage": {"value": 0.98, "standard_error": None, "num_samples": num_samples},
-    }
-    return {
-        "step": step,
-        "created_at": f"2026-03-0{step // 100} 02:14 UTC",
-        "metrics": metrics,
-        "distance": distance,
-        **extra,
-    }
-
-
 def full(**changes):
-    png = grid_png(np.zeros((4, 32, 32, 3), np.uint8))
+    records = changes.pop("records", [record(100, 193.0), record(200, 84.03)])
+    grids, layouts = pictures(200)
+    records = [Record(r.path, {**r.content, "grids": dict.fromkeys(grids, "x"), "layouts": layouts}) for r in records]
     values = dict(
         title="Demo",
         created_at="2026-03-07",
         summary={"Step": "600"},
         config_yaml="run: {seed: 0}",
-        records=[record(100, 193.0, path="records/a.json"), record(200, 84.03, path="records/b.json")],
+        records=records,
+        links={each.id: f"records/{each.id}.json" for each in records},
         curves=[
             Curve("First stage", "images seen", range(1, 1001), np.geomspace(9, 0.01, 1000), "loss"),
             Curve("Second stage", "step", [1, 2], [5, 4]),
         ],
-        grids=[Grid("Samples", png, "four black squares")],
+        pictures=gather_pictures(records, read=lambda path: grids["samples"], link=lambda record: None),
         wall_seconds={"train": 61.0, "sample": 4.0},
     )
     return ReportData(**{**values, **changes})
 
 
 def test_the_page_needs_nothing_from_outside():
-    page = Page(render_report(full()))
+    html = render_report(full())
+    page = Page(html)
     links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert links and all(link.startswith("data:") or link.startswith("records/") for link in links)
-    assert not page.all("script")
-    policy = next(
-        meta["content"] for meta in page.all("meta") if "content" in meta and "default-src" in meta["content"]
-    )
-    assert "default-src 'none'" in policy
+    (policy,) = [meta["content"] for meta in page.all("meta") if "default-src" in meta.get("content", "")]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'") and policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_the_three_distances_are_named_and_carry_errors():
@@ -99,15 +91,13 @@ def test_the_three_distances_are_named_and_carry_errors():
 
 
 def test_values_measured_with_the_fid_network_are_found_too():
-    metrics = {
-        name: {"value": 5.0 + i, "standard_error": 0.1, "num_samples": 9}
-        for i, name in enumerate(["fid_holdout", "rfid", "gfid"])
-    }
-    page = Page(render_report(full(records=[{"step": 7, "created_at": "now", "metrics": metrics, "distance": "FID"}])))
+    names = ["fid_holdout", "rfid", "gfid"]
+    metrics = {name: metric(5.0 + i, 0.1, 9) for i, name in enumerate(names)}
+    page = Page(render_report(full(records=[record(700, 1.0, metrics=metrics, distance="FID")])))
     assert "5.00 ± 0.10" in page.text and "7.00 ± 0.10" in page.text
 
 
-def test_only_records_measured_alike_share_a_line():
+def test_only_records_measured_alike_share_a_chart():
     records = [
         record(100, 193.0),
         record(200, 500.0, num_samples=64),
@@ -115,37 +105,74 @@ def test_only_records_measured_alike_share_a_line():
         record(400, 84.0),
     ]
     page = Page(render_report(full(records=records)))
-    assert "measured with another extractor or number of images: 2 of 4 records" in " ".join(page.text.split())
-    assert any("2 records" in svg.get("aria-label", "") for svg in page.all("svg"))
+    text = " ".join(page.text.split())
+    assert f"{NAME}, 512 images. Error bars" in text
+    assert "Measured otherwise: Fréchet distance (other), 512 images (1 record)" in text
+    assert f"Measured otherwise: {NAME}, 64 images (1 record)" in text
     assert "500.0 ± 3.3" in page.text, "still in the table of all records"
 
 
-def test_records_link_to_their_files_newest_first():
+def test_every_metric_has_a_chart_over_steps_and_one_over_nights():
     page = Page(render_report(full()))
-    assert [a["href"] for a in page.all("a")] == ["records/b.json", "records/a.json"]
+    titles = {svg.get("aria-label", "") for svg in page.all("svg")}
+    for label in ("Distance of samples", "Distance of held-out images", "Share of codebook used", "Validation NLL, nats per code"):
+        assert {f"{label} over steps, 1 series", f"{label} over nights, 1 series"} <= titles
 
 
-def test_pictures_are_embedded_with_alternative_text():
+def test_series_are_named_by_what_tells_them_apart():
+    guided = {"cfg_scale": 4.0, "top_k": None}
+    html = render_report(full(records=[record(100, 90.0), record(100, 80.0, sampling=guided), record(200, 70.0)]))
+    assert "cfg_scale 4.0</text>" in html and "cfg_scale 2.0</text>" in html and "runs/a</text>" not in html
+    html = render_report(full(records=[record(100, 90.0), record(100, 80.0, run="/runs/b")]))
+    assert "runs/a</text>" in html and "runs/b</text>" in html and "cfg_scale 2.0</text>" not in html
+
+
+def test_regressions_stand_before_everything_else():
+    records = [record(100, 60.0), record(200, 90.0)]
+    page = Page(render_report(full(records=records, regressions=find_regressions(records, 3.0))))
+    text = " ".join(page.text.split())
+    assert "Distance of samples of runs/a: 90.0 ± 3.3 at step 200, after 60.0 ± 3.3 at step 100 (6.4 standard errors)" in text
+    assert text.index("Worse than before") < text.index("How close to real images")
+    assert "Worse than before" not in Page(render_report(full())).text
+
+
+def test_records_link_to_their_files_newest_first():
     data = full()
-    image = Page(render_report(data)).all("img")[0]
-    assert image["alt"] == "four black squares"
-    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == data.grids[0].png
+    links = [a["href"] for a in Page(render_report(data)).all("a")]
+    assert links == [f"records/{each.id}.json" for each in reversed(data.records)]
+
+
+def test_pictures_are_embedded_with_alternative_text_and_cut_by_class():
+    data = full()
+    page = Page(render_report(data))
+    images = page.all("img")
+    assert [image["alt"] for image in images] == [
+        "Samples: Step 100, 2026-03-01",
+        "Samples: Step 200, 2026-03-02",
+        "Newest record: Held-out real images",
+        "Newest record: The same images after the tokenizer",
+    ]
+    assert base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,")) == pictures(200)[0]["samples"]
+    boxes = [json.loads(figure["data-boxes"]) for figure in page.all("figure") if "data-boxes" in figure]
+    assert all(set(each) == {"0", "1", "2"} for each in boxes)
+    assert [option["value"] for option in page.all("option")] == ["", "0", "1", "2"]
 
 
 def test_everything_is_escaped():
     hostile = "<script>alert(1)</script>"
+    records = [record(100, 1.0, distance=hostile, class_names=[hostile], run=f'/runs/"{hostile}')]
     data = full(
         title=hostile,
         created_at=hostile,
         summary={hostile: hostile},
         config_yaml=hostile,
-        records=[record(100, 1.0, distance=hostile, path='"><script>')],
+        records=records,
+        links={records[0].id: '"><script>'},
         curves=[Curve(hostile, hostile, [1, 2], [1, 2], hostile)],
-        grids=[Grid(hostile, b"png", '"' + hostile)],
         wall_seconds={hostile: 1.0},
     )
     page = Page(render_report(data))
-    assert not page.all("script")
+    assert len(page.all("script")) == 1
     assert page.text.count(hostile) >= 8
 
 
@@ -156,15 +183,8 @@ def test_an_empty_history_says_so():
 
 
 def test_one_record_and_missing_errors_still_make_a_page():
-    metrics = {"gfd": {"value": 84.0, "standard_error": None, "num_samples": 8}}
-    page = Page(
-        render_report(
-            full(
-                records=[{"step": 1, "created_at": "now", "metrics": metrics, "distance": NAME}],
-                curves=[Curve("c", "x", [], [])],
-            )
-        )
-    )
+    one = record(100, 84.0, metrics={"gfd": metric(84.0, None, 8)})
+    page = Page(render_report(full(records=[one], curves=[Curve("c", "x", [], [])])))
     assert "One record so far." in page.text and "nothing logged" in page.text
 
 
@@ -179,6 +199,7 @@ def test_headings_are_in_order_and_targets_exist():
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert len(ids) == len([1 for _, attributes in page.tags if "id" in attributes])
     assert {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes} <= ids
 
 
@@ -208,3 +229,18 @@ def test_durations(seconds, text):
 def test_times_are_shown_in_utc():
     assert format_time("2026-03-07T03:14:15.123+01:00") == "2026-03-07 02:14 UTC"
     assert format_time("last night") == "last night"
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("gfd", "Distance of samples"),
+        ("rfid", "FID of reconstructions"),
+        ("fd_holdout", "Distance of held-out images"),
+        ("gkd_dinov2_vitb14", "Kernel distance of samples (dinov2_vitb14)"),
+        ("psnr", "PSNR of reconstructions, dB"),
+        ("recall_reconstructions", "Recall reconstructions"),
+    ],
+)
+def test_metrics_are_named_in_words(name, label):
+    assert metric_label(name) == label

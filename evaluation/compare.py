@@ -1,0 +1,185 @@
+"""Which records may be compared, and whether the newer one is worse.
+
+Two values of a metric mean the same only if everything but the thing measured was the same: number of images, extractor,
+resize, reference, held-out images. Records that differ there are refused, never compared with a footnote.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare
+from evaluation.records import Record, read_record
+from stages.config import to_dict
+from stages.errors import ArtefactError
+
+# What is measured. All else in a record's identity is how it is measured, and must agree.
+SUBJECT = frozenset(
+    {"checkpoint_hash", "tokenizer_fingerprint", "code_dataset_root_hash", "sampling", "seed", "metrics"}
+)
+DISTANCES = ("fd", "fid", "sfid", "kd", "kid", "cmmd")  # with g in front of samples, r of reconstructions
+LOWER_IS_BETTER = {*(prefix + name for name in DISTANCES for prefix in ("", "g", "r")), "validation_nll", "lpips"}
+HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One metric in two records.
+
+    Attributes:
+        metric: its name.
+        before, after: the values.
+        standard_error: of their difference, as of independent measurements; None where one of them has no error bar.
+        worse_by: standard errors by which `after` is worse, negative if it is better; None without an error bar or
+            where neither direction is better.
+    """
+
+    metric: str
+    before: float
+    after: float
+    standard_error: float | None
+    worse_by: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """A metric of a record that is worse than the best earlier value of its series."""
+
+    difference: Difference
+    record: Record
+    best: Record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for summaries and hooks."""
+        return {
+            **to_dict(self.difference),
+            "run": self.record.run,
+            "step": self.record.step,
+            "record": self.record.path,
+            "best_step": self.best.step,
+            "best_record": self.best.path,
+        }
+
+
+def protocol(content: Mapping[str, Any]) -> dict[str, Any]:
+    """How the numbers of a record's content were measured: what must agree for them to be compared with others."""
+    identity = {name: value for name, value in content["identity"].items() if name not in SUBJECT}
+    return identity | {name: content.get(name) for name in ("distance", "extractor_resize")}
+
+
+def check_comparable(path: str, content: Mapping[str, Any], other_path: str, other: Mapping[str, Any]) -> None:
+    """Refuses two records that were not measured alike.
+
+    Args:
+        path, other_path: what to call them.
+        content, other: what they say.
+
+    Raises:
+        ArtefactError: naming both records and both values of everything in which they differ.
+    """
+    first, second = protocol(content), protocol(other)
+    names = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+    if names:
+        differing = "; ".join(f"{name} is {first.get(name)} there and {second.get(name)} here" for name in names)
+        raise ArtefactError(
+            f"{path} is to be compared with {other_path}, but they were measured differently: {differing}. "
+            "Measure one of them again, the way the other was."
+        )
+
+
+def compare(before: Record, after: Record) -> list[Difference]:
+    """Every metric that both records have.
+
+    Raises:
+        ArtefactError: they were not measured alike.
+    """
+    check_comparable(before.path, before.content, after.path, after.content)
+    return [
+        _difference(name, before.metrics[name], after.metrics[name])
+        for name in after.metrics
+        if name in before.metrics and before.metrics[name]["num_samples"] == after.metrics[name]["num_samples"]
+    ]
+
+
+def direction(metric: str) -> int:
+    """1 where a higher value is worse, -1 where it is better, 0 where neither holds or is known.
+
+    What follows the name after `_` says which images and which extractor.
+    """
+
+    def is_one_of(names: set[str]) -> bool:
+        return any(metric == name or metric.startswith(name + "_") for name in names)
+
+    return int(is_one_of(LOWER_IS_BETTER)) - int(is_one_of(HIGHER_IS_BETTER))
+
+
+def _difference(metric: str, before: dict[str, Any], after: dict[str, Any]) -> Difference:
+    errors = (before["standard_error"], after["standard_error"])
+    error = math.hypot(*errors) if None not in errors else None
+    change = after["value"] - before["value"]
+    worse_by = direction(metric) * change / error if error and direction(metric) else None
+    return Difference(
+        metric=metric, before=before["value"], after=after["value"], standard_error=error, worse_by=worse_by
+    )
+
+
+def series_of(record: Record) -> str:
+    """Names what a record is one point of: a run, sampled and measured in one way."""
+    content = record.content
+    return repr((record.run, sorted(content["sampling"].items()), sorted(protocol(content).items())))
+
+
+def group_series(records: Iterable[Record]) -> list[list[Record]]:
+    """Records by series, each in order of step (then of time), the series with the newest record last."""
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (record.created_at, record.id)):
+        name = series_of(record)
+        groups[name] = [*groups.pop(name, []), record]
+    return [sorted(group, key=lambda record: (record.step, record.created_at)) for group in groups.values()]
+
+
+def find_regressions(series: Sequence[Record], threshold: float) -> list[Regression]:
+    """Metrics of the last record of a series that are worse than the best before it, the worst first.
+
+    Args:
+        series: records measured alike, in order of step.
+        threshold: standard errors of the difference from which on it counts. Images and draws are the same from record
+            to record, so the true error of a difference is smaller: a flag is rather missing than false.
+    """
+    if len(series) < 2:
+        return []
+    *earlier, newest = series
+    worst: dict[str, Regression] = {}
+    for best in earlier:
+        for found in compare(best, newest):
+            if found.worse_by is None or found.worse_by <= threshold:
+                continue
+            known = worst.get(found.metric)
+            if known is None or direction(found.metric) * (found.before - known.difference.before) < 0:
+                worst[found.metric] = Regression(difference=found, record=newest, best=best)
+    return sorted(worst.values(), key=lambda regression: -(regression.difference.worse_by or 0.0))
+
+
+def evaluate_and_compare(options: EvaluateOptions, other_path: str) -> dict[str, Any]:
+    """Measures a checkpoint and compares it with an earlier record. Ray must be connected.
+
+    Returns:
+        The new record's summary, with `compared_with` and `differences`.
+
+    Raises:
+        ArtefactError: the record was measured otherwise; said before anything is measured. Else like `evaluate`.
+    """
+    other, preparation = read_record(other_path), prepare(options)
+    planned = {**preparation.description, "identity": preparation.identity}
+    check_comparable(other.path, other.content, "this evaluation", planned)
+    record = evaluate(options)
+    differences = compare(other, record)
+    for found in differences:
+        error = f" ± {found.standard_error:.3g}" if found.standard_error else ""
+        print(f"{found.metric:<28} {found.before:12.6g} → {found.after:12.6g}   {found.after - found.before:+.4g}{error}")
+    return {
+        **record.to_summary(),
+        "compared_with": other.path,
+        "differences": [to_dict(found) for found in differences],
+    }

@@ -1,0 +1,86 @@
+"""Records of different protocols are refused with both sides named; what got worse is judged by its error bars."""
+
+import pytest
+from report_support import NAME, metric, record
+
+from evaluation.compare import compare, direction, find_regressions, group_series
+from stages.errors import ArtefactError
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_samples": 64}, ["num_samples is 512 there and 64 here"]),
+        ({"distance": "Fréchet distance (other)"}, ["extractor_fingerprint is", NAME, "Fréchet distance (other)"]),
+        ({"extractor_resize": "bicubic"}, ["extractor_resize is bilinear there and bicubic here"]),
+    ],
+)
+def test_records_measured_otherwise_are_refused_and_both_are_named(changes, words):
+    before, after = record(100, 90.0), record(200, 80.0, **changes)
+    with pytest.raises(ArtefactError) as caught:
+        compare(before, after)
+    assert all(word in str(caught.value) for word in [before.path, after.path, *words])
+
+
+def test_another_reference_is_refused():
+    before, after = record(100, 90.0), record(200, 80.0)
+    after.content["identity"]["reference_key"] = "other"
+    with pytest.raises(ArtefactError, match="reference_key is reference there and other here"):
+        compare(before, after)
+
+
+def test_another_checkpoint_sampling_and_seed_may_be_compared():
+    before, after = record(100, 90.0), record(200, 80.0, seed=3, sampling={"cfg_scale": 9.0})
+    (difference,) = [found for found in compare(before, after) if found.metric == "gfd"]
+    assert (difference.before, difference.after) == (90.0, 80.0)
+    assert difference.standard_error == pytest.approx(3.3 * 2**0.5)
+    assert difference.worse_by == pytest.approx(-10 / (3.3 * 2**0.5))
+
+
+def test_metrics_of_different_numbers_of_images_are_left_out():
+    before, after = record(100, 90.0), record(200, 80.0)
+    after.metrics["psnr"] = metric(20.0, 0.1, 10)
+    before.metrics["psnr"] = metric(21.0, 0.1, 11)
+    assert "psnr" not in {found.metric for found in compare(before, after)}
+
+
+WAYS = {
+    1: ("gfd", "rfid", "fd_holdout", "gkd_dinov2_vitb14", "fd_dinov2_holdout", "gsfid", "validation_nll"),
+    -1: ("psnr", "precision", "recall_reconstructions", "ssim", "inception_score"),
+    0: ("codebook_usage", "codebook_perplexity", "no_such_metric"),
+}
+
+
+@pytest.mark.parametrize("name, sign", [(name, sign) for sign, names in WAYS.items() for name in names])
+def test_which_way_is_worse(name, sign):
+    assert direction(name) == sign
+
+
+@pytest.mark.parametrize(
+    "gfds, flagged", [((90, 80, 95), True), ((90, 80, 93), False), ((90, 80, 60), False), ((90,), False)]
+)
+def test_a_regression_is_worse_than_the_best_by_its_error_bars(gfds, flagged):
+    records = [record(100 * (i + 1), float(gfd)) for i, gfd in enumerate(gfds)]
+    found = find_regressions(records, threshold=3.0)
+    assert [r.difference.metric for r in found] == (["gfd"] if flagged else [])
+    if flagged:
+        assert (found[0].best.step, found[0].record.step) == (200, 300)
+        assert found[0].difference.worse_by == pytest.approx(15 / (3.3 * 2**0.5))
+
+
+def test_a_value_without_error_bar_is_no_regression():
+    records = [record(100, 80.0), record(200, 80.0)]
+    records[1].metrics["codebook_usage"]["value"] = 0.1
+    assert find_regressions(records, 3.0) == []
+
+
+def test_series_are_apart_by_run_sampling_and_protocol_and_in_order_of_step():
+    records = [
+        record(300, 1.0, night=1),
+        record(100, 1.0, night=2),
+        record(100, 1.0, night=3, run="/runs/b"),
+        record(100, 1.0, night=4, sampling={"cfg_scale": 9.0}),
+        record(100, 1.0, night=5, num_samples=64),
+        record(200, 1.0, night=6),
+    ]
+    assert [[r.step for r in series] for series in group_series(records)] == [[100], [100], [100], [100, 200, 300]]

@@ -1,0 +1,59 @@
+"""Hooks: the same JSON to a command and to a URL; what fails is an error that names it."""
+
+import http.server
+import json
+import threading
+
+import pytest
+
+from evaluation.hooks import notify
+from stages.errors import TesseraError
+from stages.nightly_options import NightlyOptions
+
+MESSAGE = {"page": "report.html", "regressions": [{"metric": "gfd"}]}
+
+
+@pytest.fixture
+def receiver():
+    """An HTTP server; yields its URL and the bodies it was sent."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(500 if self.path == "/broken" else 204)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", bodies
+    server.shutdown()
+
+
+def test_without_hooks_nothing_happens():
+    notify(NightlyOptions(), MESSAGE)
+
+
+def test_command_and_webhook_get_the_message(tmp_path, receiver, monkeypatch):
+    url, bodies = receiver
+    monkeypatch.setenv("SECRET_PART", "hush")
+    notify(NightlyOptions(command=f"cat > {tmp_path}/out", webhook=f"{url}/$SECRET_PART"), MESSAGE)
+    assert json.loads((tmp_path / "out").read_text()) == MESSAGE
+    assert bodies == [("/hush", MESSAGE)]
+
+
+def test_a_failing_command_is_named_and_the_webhook_is_still_tried(receiver):
+    url, bodies = receiver
+    with pytest.raises(TesseraError, match="nightly.command is exit 7, but it fails"):
+        notify(NightlyOptions(command="exit 7", webhook=url), MESSAGE)
+    assert len(bodies) == 1
+
+
+def test_a_webhook_that_refuses_or_is_not_there_is_named(receiver):
+    url, _ = receiver
+    for bad in (f"{url}/broken", "http://127.0.0.1:9/", "no-url"):
+        with pytest.raises(TesseraError, match=f"nightly.webhook is {bad}, but it fails"):
+            notify(NightlyOptions(webhook=bad), MESSAGE)

@@ -1,0 +1,182 @@
+"""Nights over real runs: what is new is evaluated once, what got worse is told once, what cannot be done does no harm."""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+
+import pytest
+from evaluation_support import make_checkpoint, write_job
+from report_support import content
+
+from cluster import checkpoints
+from evaluation import nightly as nightly_module
+from evaluation.candidates import find_candidates, find_runs
+from evaluation.claims import take_claim
+from evaluation.evaluate import prepare
+from evaluation.nightly import nightly
+from evaluation.records import Record, list_records, record_id, write_record
+from pipeline.code_dataset import CodeDataset
+from stages.config import to_yaml
+from stages.errors import ArtefactError
+from stages.nightly_options import NightlyOptions
+from stages.options import RunOptions, TokenizerOptions
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A tokenizer, its code dataset, and a run with one checkpoint; folders that tests copy."""
+    options = write_job(tmp_path_factory.mktemp("nightly"))
+    evaluation = dataclasses.replace(options.evaluation, num_samples=16, num_blocks=2, num_reference_images=20)
+    return dataclasses.replace(options, evaluation=evaluation)
+
+
+@pytest.fixture
+def options(job, tmp_path):
+    """The same with a run and an evaluation folder of its own."""
+    shutil.copytree(job.run.path, tmp_path / "run")
+    evaluation = dataclasses.replace(job.evaluation, path=str(tmp_path / "evaluation"))
+    return dataclasses.replace(job, run=RunOptions(path=str(tmp_path / "run")), evaluation=evaluation)
+
+
+def fabricate(options, progress=None):
+    """Stores what `evaluate` would, without measuring anything."""
+    preparation = prepare(options)
+    body = {**content(100, 90.0), **preparation.description, "identity": preparation.identity}
+    return write_record(options.evaluation.path, record_id(preparation.identity), body, {})
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Evaluations that cost nothing; everything around them is real."""
+    monkeypatch.setattr(nightly_module, "evaluate", fabricate)
+
+
+def add_checkpoint(options, step, run=None, **more):
+    dataset = CodeDataset.open(options.codes.path, verify=False)
+    return make_checkpoint(run or options.run.path, dataset, step=step, **more)
+
+
+def worse(record: Record, step: int) -> Record:
+    """Stores what a much better checkpoint of an earlier step would have left."""
+    body = json.loads(json.dumps({k: v for k, v in record.content.items() if k not in ("grids", "sha256")}))
+    body |= {"step": step, "created_at": "2026-01-01T00:00:00.000+00:00"}
+    body["identity"]["checkpoint_hash"] = "better"
+    body["metrics"]["gfd"]["value"] /= 100
+    folder = record.path[: record.path.index("/records/")]
+    return write_record(folder, record_id(body["identity"]), body, {})
+
+
+@pytest.mark.ray
+def test_a_night_evaluates_what_is_new_tells_what_got_worse_and_only_once(ray_cluster, options, tmp_path):
+    first = nightly(options, NightlyOptions())
+    assert (first["exit_code"], len(first["evaluated"]), first["present"]) == (0, 1, {})
+    (record,) = list_records(options.evaluation.path)
+    again = nightly(options, NightlyOptions())
+    assert (again["exit_code"], again["evaluated"], again["present"]) == (0, {}, first["evaluated"])
+
+    worse(record, step=3)
+    settings = NightlyOptions(command=f"cat >> {tmp_path}/told")
+    found = nightly(options, settings)
+    assert found["exit_code"] == 3
+    (told,) = found["regressions"]
+    assert (told["metric"], told["step"], told["best_step"], told["record"]) == ("gfd", 7, 3, record.path)
+    message = json.loads((tmp_path / "told").read_text())
+    assert message["regressions"] == json.loads(json.dumps(found["regressions"]))
+    assert "Worse than before" in (tmp_path / "evaluation" / "report.html").read_text()
+
+    quiet = nightly(options, settings)
+    assert (quiet["exit_code"], quiet["regressions"]) == (0, [])
+    assert json.loads((tmp_path / "told").read_text()) == message, "told once"
+
+
+def test_a_hook_that_fails_is_an_error_and_is_tried_again(options, tmp_path, unmeasured):
+    nightly(options, NightlyOptions())
+    worse(list_records(options.evaluation.path)[0], step=3)
+    failing = nightly(options, NightlyOptions(command="exit 9"))
+    assert failing["exit_code"] == 3 and "nightly.command is exit 9, but it fails" in failing["failed"]["alert"]
+    assert nightly(options, NightlyOptions(command=f"cat > {tmp_path}/told"))["regressions"]
+    assert (tmp_path / "told").exists()
+
+
+def test_two_nightlies_at_once_leave_one_record_and_do_the_work_once(options, monkeypatch):
+    calls = []
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(0.5)  # so that they meet
+        return fabricate(*args)
+
+    monkeypatch.setattr(nightly_module, "evaluate", slow)
+    summaries: list[dict] = []
+    threads = [
+        threading.Thread(target=lambda: summaries.append(nightly(options, NightlyOptions()))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(list_records(options.evaluation.path)) == 1
+    assert [summary["exit_code"] for summary in summaries] == [0, 0]
+    assert sorted(len(summary["evaluated"]) for summary in summaries) == [0, 1]
+
+
+def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken_over(options, unmeasured):
+    commit = checkpoints.latest_commit(options.run.path)
+    identifier = record_id(prepare(dataclasses.replace(options, checkpoint=commit.path)).identity)
+    claim = take_claim(f"{options.evaluation.path}/claims", identifier, 600.0)
+    waiting = nightly(options, NightlyOptions())
+    assert (waiting["claimed_elsewhere"], waiting["exit_code"]) == ([commit.path], 0)
+    assert list_records(options.evaluation.path) == []
+    claim.release()
+    with open(os.path.join(options.evaluation.path, "claims", identifier, "000001.json"), "w") as file:
+        json.dump({"owner": "gone", "renewed_at": 0.0, "is_released": False}, file)
+    assert list(nightly(options, NightlyOptions())["evaluated"]) == [commit.path]
+
+
+@pytest.mark.ray
+def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(ray_cluster, options, monkeypatch):
+    stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
+    assert len(stopped["out_of_time"]) == 1 and list_records(options.evaluation.path) == []
+    monkeypatch.setattr(nightly_module, "evaluate", fabricate)
+    assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
+    new = add_checkpoint(options, step=9, seed=1)
+    assert nightly(options, NightlyOptions(time_budget_seconds=0.5))["out_of_time"] == [new.path]
+
+
+def test_newest_and_best_of_every_run_are_found_with_their_own_inputs(options, tmp_path):
+    roots = tmp_path / "runs"
+    for name in ("a", "b"):
+        run = str(roots / name)
+        add_checkpoint(options, 5, run, measured={"validation_nll": 1.0})
+        add_checkpoint(options, 6, run, measured={"validation_nll": 2.0})
+        add_checkpoint(options, 8, run, measured={"validation_nll": 3.0})
+        own = dataclasses.replace(options, tokenizer=TokenizerOptions(path=f"/tokenizers/{name}"))
+        (roots / name / "config.yaml").write_text(to_yaml(own))
+    (roots / "unrelated").mkdir()
+    assert find_runs([str(roots)]) == [str(roots / "a"), str(roots / "b")]
+    found = find_candidates(options, [str(roots)], best=True)
+    steps = [(c.options.run.path[-1], c.commit.step, c.options.tokenizer.path) for c in found]
+    assert steps[:2] == [("b", 8, "/tokenizers/b"), ("a", 8, "/tokenizers/a")]
+    assert sorted(steps[2:]) == [("a", 5, "/tokenizers/a"), ("b", 5, "/tokenizers/b")]
+    assert {c.commit.step for c in find_candidates(options, [str(roots)], best=False)} == {8}
+    assert [c.commit.step for c in find_candidates(options, [], best=True)] == [7]
+
+
+def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options, tmp_path, unmeasured):
+    good, bad = str(tmp_path / "runs" / "good"), str(tmp_path / "runs" / "bad")
+    commits = [add_checkpoint(options, 5, run) for run in (good, bad)]
+    os.truncate(os.path.join(commits[1].path, checkpoints.WEIGHTS), 100)
+    found = nightly(options, NightlyOptions(runs=(str(tmp_path / "runs"),)))
+    assert list(found["evaluated"]) == [commits[0].path] and found["exit_code"] == 1
+    assert list(found["failed"]) == [commits[1].path] and "damaged" in found["failed"][commits[1].path]
+
+
+def test_without_a_run_the_folder_is_named(options, tmp_path):
+    with pytest.raises(ArtefactError, match="nightly.runs has .*nowhere, but there is no run"):
+        nightly(options, NightlyOptions(runs=(str(tmp_path / "nowhere"),)))
+    empty = dataclasses.replace(options, run=RunOptions(path=str(tmp_path / "none")))
+    with pytest.raises(ArtefactError, match="run.path is .*none, but it has no committed checkpoint"):
+        nightly(empty, NightlyOptions())

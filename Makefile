@@ -22,8 +22,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.bench
-	for name in codebook_health first_stage frechet loader memory restart tokenize train; do \
-		TESSERA_ORACLES=$(VENV)/oracles $(VENV)/bench/bin/python benchmarks/$$name.py || exit 1; done
+	for part in codebook_health.py first_stage.py "evaluation.py speed" loader.py memory.py restart.py tokenize.py train.py; do \
+		TESSERA_ORACLES=$(VENV)/oracles $(VENV)/bench/bin/python benchmarks/$$part || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.
 $(VENV)/.base: setup.cfg pyproject.toml
@@ -37,12 +37,12 @@ $(VENV)/.base: setup.cfg pyproject.toml
 $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
-# The original implementations that tests compare with (tests/oracles.py) come without their dependencies and off every import
-# path: transformers and torchvision change what other packages import.
+# The original implementations that tests compare with (tests/oracles.py, tests/fidelity_support.py) come without their
+# dependencies and off every import path: transformers and torchvision change what other packages import.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet -e ".[dev]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oracles taming-transformers-rom1504==0.0.6 \
-		diffusers==0.35.2 huggingface-hub==0.36.0 lpips==0.1.4
+		diffusers==0.35.2 huggingface-hub==0.36.0 lpips==0.1.4 torch-fidelity==0.4.0
 	touch $@
 
 # On top of .venv and not in it: torchmetrics imports transformers wherever it finds it. mosaicml-streaming comes without

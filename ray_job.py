@@ -153,7 +153,8 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     from pipeline.job_options import select
 
     config = checked_config(args)
-    options = select(EvaluateOptions, config, checkpoint=args.checkpoint)
+    checkpoint = None if args.tokenizer else args.checkpoint
+    options = select(EvaluateOptions, config, checkpoint=checkpoint)
     with connected():
         if args.verify:
             return _verdict(args.verify, verify_record(args.verify, options))
@@ -162,6 +163,18 @@ def run_evaluate(args: argparse.Namespace) -> Any:
         if args.sweep:
             return sweep(options, config.sweep)
         return evaluate(options).to_summary()
+
+
+def run_reference(args: argparse.Namespace) -> Any:
+    from cluster.runtime import connected
+    from evaluation.make_reference import make_references
+    from evaluation.reference_job import ReferenceOptions
+    from pipeline.job_options import select
+    from pipeline.storage import absolute
+
+    options = select(ReferenceOptions, checked_config(args))
+    with connected():
+        return make_references(options, absolute(args.output) if args.output else None)
 
 
 def run_nightly(args: argparse.Namespace) -> Any:
@@ -252,6 +265,7 @@ COMMANDS = {
     "export": run_export,
     "sample": run_sample,
     "evaluate": run_evaluate,
+    "reference": run_reference,
     "nightly": run_nightly,
     "submit": run_submit,
 }

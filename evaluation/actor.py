@@ -19,17 +19,16 @@ from ray.util.placement_group import PlacementGroup
 from cluster.sampler_actor import SamplerActor
 from evaluation.estimates import Estimate
 from evaluation.feature_actor import FeatureActor
-from evaluation.frechet import frechet_estimate
+from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pool import ActorPool, run_items
-from evaluation.reference import StoredReference, load_reference, store_reference
+from evaluation.reference import StoredReference
+from evaluation.reference_job import ReferenceImages, kept_features, references_of
 from evaluation.resources import actor_options
-from evaluation.statistics import BlockStatistics
+from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
+from evaluation.set_tally import SetTally, memorisation_estimates
 from evaluation.tally import HoldoutTally, Item, SampleTally
 from pipeline.sources import Source
-from stages.errors import TesseraError
 from stages.options import EvaluationOptions, ImageOptions, SamplingOptions
-
-DISTANCE_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,24 +36,27 @@ class Assignment:
     """Everything one evaluation needs, checked and chosen beforehand.
 
     Attributes:
-        reference_key: of the reference statistics, and `reference_uris` the training images they are made from.
+        checkpoint_path: whose samples are drawn; None to measure the tokenizer alone.
+        plan: the metrics, and `widths` of the features they need.
+        references: of features whose statistics a file of the user gives; of others there is a key in `reference_keys`,
+            under which they are kept or made from the training images `reference_uris`.
         holdout_uris: m held-out images, with `holdout_labels` int64 (m,), -1 where there is none.
-        num_features, metric_prefix: of the extractor.
         codebook_size, num_codes: of the tokenizer, and codes per image.
     """
 
-    checkpoint_path: str
+    checkpoint_path: str | None
     tokenizer_path: str
     sampling: SamplingOptions
     images: ImageOptions
     evaluation: EvaluationOptions
     source: Source
-    reference_key: str
+    plan: MetricPlan
+    widths: dict[FeatureKey, int]
+    references: dict[FeatureKey, StoredReference]
+    reference_keys: dict[FeatureKey, str]
     reference_uris: list[str]
     holdout_uris: list[str]
     holdout_labels: np.ndarray
-    num_features: int
-    metric_prefix: str
     codebook_size: int
     num_codes: int
 
@@ -65,8 +67,9 @@ class Measurement:
 
     Attributes:
         metrics: estimates by name.
-        grids: PNG files by name: samples, real, reconstructions; `layouts` says by name what stands where in them.
-        reference: the statistics the distances were measured against.
+        grids: PNG files by name: samples, real, reconstructions; side_by_side for a tokenizer. `layouts` says by name
+            what stands where in the first three.
+        references: what was measured against, by features.
         num_unusable: held-out images that could not be decoded and were left out.
         wall_seconds: by phase: `start` of the first actors, then `working`, in which sampling runs beside reference
             and holdout, then `distance`.
@@ -75,7 +78,7 @@ class Measurement:
     metrics: dict[str, Estimate]
     grids: dict[str, bytes]
     layouts: dict[str, dict[str, Any]]
-    reference: StoredReference
+    references: dict[FeatureKey, StoredReference]
     num_unusable: int
     wall_seconds: dict[str, float]
 
@@ -99,7 +102,7 @@ class EvaluationActor:
         a = assignment
         self.features = ActorPool(
             "feature",
-            lambda: feature_class.remote(a.source, a.images, options, a.tokenizer_path),
+            lambda: feature_class.remote(a.source, a.images, options, a.plan, a.tokenizer_path),
             options.num_feature_actors,
         )
         self.samplers = ActorPool(
@@ -118,27 +121,31 @@ class EvaluationActor:
         Raises:
             TesseraError: actors keep dying, a file cannot be read, or too few real images can be used.
         """
+        phases = [self._real_images, *([self._samples] if self.assignment.checkpoint_path else [])]
         begin = time.monotonic()
         try:
             for pool in (self.samplers, self.features):
-                pool.release(pool.acquire())
+                if pool.size:
+                    pool.release(pool.acquire())
             self._seconds["start"] = time.monotonic() - begin
-            samples, (stored, holdout) = in_parallel([self._samples, self._real_images], on_error=self._close)
+            (references, holdout), *drawn = in_parallel(phases, on_error=self._close)
         finally:
             self._close()
         self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
-        prefix = self.assignment.metric_prefix
-        sets = {f"{prefix}_holdout": holdout.real, f"r{prefix}": holdout.reconstructed, f"g{prefix}": samples.features}
+        samples: SampleTally | None = drawn[0] if drawn else None
         begin = time.monotonic()
-        distances = {
-            name: frechet_estimate(blocks.result(), stored.reference, DISTANCE_THREADS) for name, blocks in sets.items()
-        }
+        sets = [holdout.real, holdout.reconstructed, *([samples.metrics] if samples else [])]
+        against = {key: stored.reference for key, stored in references.items()}
+        metrics = {name: estimate for each in sets for name, estimate in each.estimates(against).items()}
+        if samples is not None:
+            metrics |= memorisation_estimates(samples.metrics, holdout.real)
         self._seconds["distance"] = time.monotonic() - begin
+        extra = samples.grids() if samples is not None else {"side_by_side": holdout.side_by_side()}
         return Measurement(
-            metrics={**distances, **holdout.estimates(self.assignment.num_codes)},
-            grids={**samples.grids(), **holdout.grids()},
-            layouts={**samples.layouts(), **holdout.layouts()},
-            reference=stored,
+            metrics={**metrics, **holdout.estimates(self.assignment.num_codes)},
+            grids={**extra, **holdout.grids()},
+            layouts={**(samples.layouts() if samples is not None else {}), **holdout.layouts()},
+            references=references,
             num_unusable=holdout.num_unusable,
             wall_seconds=self._seconds,
         )
@@ -147,7 +154,7 @@ class EvaluationActor:
         options = self.assignment.evaluation
         everything = [(0, options.num_samples)]
         ((_, labels),) = run_items(everything, lambda item, actors: actors[0].labels.remote(*item), [self.samplers], 1)
-        tally = SampleTally(labels, self.assignment.num_features, options.num_blocks, options.num_grid_images)
+        tally = SampleTally(labels, self._metrics(SAMPLES, options.num_samples), options.num_grid_images)
 
         def submit(item: Item, actors: list[Any]) -> Any:
             sampler, extractor = actors
@@ -159,50 +166,49 @@ class EvaluationActor:
             tally.add(item, features, tiles)
         return tally
 
-    def _real_images(self) -> tuple[StoredReference, HoldoutTally]:
-        return self._reference(), self._holdout()
+    def _metrics(self, image_set: str, num_images: int) -> SetTally:
+        a = self.assignment
+        options = a.evaluation
+        return SetTally(
+            image_set, a.plan, a.widths, num_images, options.num_blocks, pairwise_limit=options.num_pairwise_images
+        )
 
-    def _reference(self) -> StoredReference:
-        path, key = self.assignment.evaluation.path, self.assignment.reference_key
-        stored = load_reference(path, key)
-        if stored is not None:
-            return stored
-        uris, num_unusable = self.assignment.reference_uris, 0
-        whole = BlockStatistics(1, self.assignment.num_features)
+    def _real_images(self) -> tuple[dict[FeatureKey, StoredReference], HoldoutTally]:
+        a = self.assignment
+        images = ReferenceImages(
+            path=a.evaluation.path,
+            uris=a.reference_uris,
+            num_kept={key: kept_features(a.plan, key, a.evaluation) for key in a.reference_keys},
+        )
+        made = references_of(images, a.reference_keys, a.widths, self._run_reference)
+        return {**a.references, **made}, self._holdout()
 
-        def submit(item: Item, actors: list[Any]) -> Any:
-            return actors[0].of_reference.remote(uris[slice(*item)])
-
-        for _, (features, num_unusable_here) in self._run("reference", len(uris), submit, [self.features]):
-            whole.add(features, np.zeros(len(features), np.int64))
-            num_unusable += num_unusable_here
-        (statistics,) = whole.result()
-        if statistics.n < 2:
-            raise TesseraError(
-                f"{statistics.n} of {len(uris)} training images can be used, but a reference needs two. "
-                "Check the source."
-            )
-        return store_reference(path, key, statistics, num_unusable)
+    def _run_reference(self, num_images: int, submit: Callable[[Item, Any], Any]) -> Iterator[tuple[Item, Any]]:
+        return self._run("reference", num_images, lambda item, actors: submit(item, actors[0]), [self.features])
 
     def _holdout(self) -> HoldoutTally:
-        a, options = self.assignment, self.assignment.evaluation
+        a = self.assignment
+        num_images, is_scored = len(a.holdout_uris), a.plan.has_likelihood
         tally = HoldoutTally(
-            a.holdout_labels, a.num_features, a.codebook_size, options.num_blocks, options.num_grid_images
+            a.holdout_labels,
+            self._metrics(HOLDOUT, num_images),
+            self._metrics(RECONSTRUCTIONS, num_images),
+            a.plan,
+            a.codebook_size,
+            a.evaluation.num_grid_images,
         )
 
         def submit(item: Item, actors: list[Any]) -> Any:
-            extractor, sampler = actors
             uris, labels = a.holdout_uris[slice(*item)], a.holdout_labels[slice(*item)]
-            images, codes, usable_labels = extractor.of_holdout.options(num_returns=3).remote(
-                uris, labels, tally.tiles_in(item)
+            images, codes, usable_labels = (
+                actors[0].of_holdout.options(num_returns=3).remote(uris, labels, tally.tiles_in(item))
             )
-            return images, codes, sampler.nll.remote(codes, usable_labels)
+            return (images, codes, actors[1].nll.remote(codes, usable_labels)) if is_scored else (images, codes)
 
-        for item, (images, codes, nll) in self._run(
-            "holdout", len(a.holdout_uris), submit, [self.features, self.samplers]
-        ):
-            tally.add(item, images, codes, nll)
-        tally.check(minimum=2 * options.num_blocks)
+        pools = [self.features, self.samplers] if is_scored else [self.features]
+        for item, results in self._run("holdout", num_images, submit, pools):
+            tally.add(item, *results)
+        tally.check(minimum=2 * a.evaluation.num_blocks)
         return tally
 
     def _run(
@@ -213,8 +219,8 @@ class EvaluationActor:
         window = 2 * max(pool.size for pool in pools) + 1
         for item, result in run_items(self._items(num_images), submit, pools, window):
             yield item, result
-            self._done[phase] = item[1]
-        self._seconds[phase] = time.monotonic() - begin
+            self._done[phase] = max(item[1], self._done.get(phase, 0))
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - begin
 
     def _items(self, num_images: int) -> list[Item]:
         """Ranges of whole sampling groups, about `item_size` long."""

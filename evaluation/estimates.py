@@ -40,17 +40,30 @@ def mean_estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(np.mean(values)), n, error)
 
 
-def jackknife(value: float, without_block: Sequence[float], num_samples: int) -> Estimate:
-    """Delete-block jackknife over K blocks of equal size (Quenouille 1949, Tukey 1958).
+def jackknife(
+    value: float, without_block: Sequence[float], num_samples: int, without_pair: Sequence[float] = ()
+) -> Estimate:
+    """Delete-block jackknife over K blocks of equal size (Quenouille 1949, Tukey 1958); no error bar for one block.
+
+    The jackknife counts the variance that comes from pairs of images, as in a squared mean, twice. Where that matters,
+    the statistic without pairs of blocks tells how much it is (Efron and Stein 1981, section 5).
 
     Args:
         value: the statistic over all images.
         without_block: the statistic over all images but those of block k, for each k.
         num_samples: images behind `value`.
+        without_pair: the same without blocks 0 and 1, 2 and 3 …, for which K must be at least 3.
     """
     k = len(without_block)
+    if k < 2:
+        return Estimate(value, num_samples)
     mean = float(np.mean(without_block))
     variance = (k - 1) / k * float(np.sum((np.asarray(without_block) - mean) ** 2))
+    if len(without_pair):
+        first, second = (np.asarray(without_block)[i :: 2][: len(without_pair)] for i in (0, 1))
+        interactions = k * value - (k - 1) * (first + second) + (k - 2) * np.asarray(without_pair)
+        # At most half of it can be from pairs.
+        variance = max(variance - float(np.mean(interactions**2)) / (2 * (1 + 2 / k)), variance / 2)
     return Estimate(value, num_samples, float(np.sqrt(variance)), k * value - (k - 1) * mean)
 
 
@@ -64,6 +77,16 @@ def assign_blocks(num_images: int, num_blocks: int) -> np.ndarray:
     blocks = np.empty(num_images, dtype=np.int64)
     blocks[np.argsort(keys, kind="stable")] = np.arange(num_images) % num_blocks
     return blocks
+
+
+def fair_choice(num_images: int, limit: int) -> np.ndarray:
+    """Which of so many images are taken, bool (num_images,), where only `limit` can be: a fixed pseudo-random choice."""
+    if num_images <= limit:
+        return np.ones(num_images, dtype=bool)
+    chosen = np.zeros(num_images, dtype=bool)
+    keys = np.random.Philox(key=num_images, counter=1).random_raw(num_images)
+    chosen[np.argsort(keys, kind="stable")[:limit]] = True
+    return chosen
 
 
 def leave_one_out(statistic: Callable[[np.ndarray], float], counts: np.ndarray, num_samples: int) -> Estimate:

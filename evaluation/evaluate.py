@@ -1,4 +1,4 @@
-"""The `evaluate` job: one checkpoint, one record."""
+"""The `evaluate` job: one checkpoint, or one tokenizer alone, one record."""
 
 import dataclasses
 import datetime
@@ -6,40 +6,22 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from cluster.checkpoints import Commit, resolve_checkpoint
 from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
-from evaluation.extractors import Extractor, distance_name, open_extractor
-from evaluation.hashing import canonical_hash
+from evaluation.prepare import CHECKPOINT, EvaluateOptions, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
-from evaluation.reference import choose_images, images_identity, reference_key
 from evaluation.resources import reserved
 from pipeline import storage
-from pipeline.binding import check_preprocessing
-from pipeline.code_dataset import CodeDataset
-from pipeline.sources import Source, open_source
-from pipeline.tokenizers import open_tokenizer
 from stages.config import build, to_dict
-from stages.errors import ArtefactError, ConfigError, TesseraError
-from stages.first_stage.tokenizer import Tokenizer
-from stages.options import (
-    CodesOptions,
-    EvaluationOptions,
-    ImageOptions,
-    RunOptions,
-    SamplingOptions,
-    SourceOptions,
-    TokenizerOptions,
-)
+from stages.errors import TesseraError
+from stages.options import EvaluationOptions, SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -52,43 +34,14 @@ PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
 Progress = Callable[[dict[str, int], dict[str, int]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """The sections that `evaluate` takes.
-
-    Attributes:
-        checkpoint: a checkpoint's folder, or "latest" of `run.path`.
-        seed: seed of the draws; `sampling.seed` if not given.
-    """
-
-    run: RunOptions
-    source: SourceOptions
-    images: ImageOptions
-    tokenizer: TokenizerOptions
-    codes: CodesOptions
-    sampling: SamplingOptions
-    evaluation: EvaluationOptions
-    checkpoint: str = "latest"
-    seed: int | None = None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Preparation:
-    """A checked evaluation: the work, the identity that names its record, and what the record says besides numbers."""
-
-    assignment: Assignment
-    identity: dict[str, Any]
-    description: dict[str, Any]
-
-
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Record:
-    """Measures one checkpoint and stores the record, or returns the record of the same evaluation if there is one.
+    """Measures a checkpoint or tokenizer and stores the record, or returns that of the same evaluation if there is one.
 
     Ray must be connected.
 
     Raises:
         ArtefactError: checkpoint, code dataset and tokenizer do not belong together, or one is missing or damaged.
-        ConfigError: no such extractor or source, no held-out images, or too few samples for the error bars.
+        ConfigError: no such metric, extractor or source, no held-out images, or too few samples for the error bars.
         TesseraError: actors keep dying, images cannot be read, or the store lets two writers of one key both win.
     """
     begin = time.monotonic()
@@ -100,16 +53,12 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
         return present
     storage.check_conditional_put(options.evaluation.path)
     measurement = measure(preparation.assignment, progress)
-    reference = measurement.reference
+    references = {"/".join(key): stored.to_dict() for key, stored in measurement.references.items()}
     content = {
         "metrics": {name: estimate.to_dict() for name, estimate in measurement.metrics.items()},
         **preparation.description,
-        "reference": {
-            "key": reference.key,
-            "sha256": reference.sha256,
-            "n": reference.reference.statistics.n,
-            "num_unusable": reference.num_unusable,
-        },
+        "reference": next(iter(references.values()), {}),
+        "references": references,
         "num_unusable_holdout": measurement.num_unusable,
         "layouts": measurement.layouts,
         "identity": preparation.identity,
@@ -161,124 +110,15 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     """`options` with everything that decides the numbers taken from the record."""
     content = record.content
     kept = {"path": options.sampling.path, "num_samples": options.sampling.num_samples}
+    evaluation = {**to_dict(options.evaluation), **content["evaluation"]}
+    checkpoint = content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint
     return dataclasses.replace(
         options,
         sampling=build(SamplingOptions, {**content["sampling"], **kept}, "sampling."),
-        evaluation=dataclasses.replace(options.evaluation, **content["evaluation"]),
-        checkpoint=content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint,
+        evaluation=build(EvaluationOptions, evaluation, "evaluation."),
+        checkpoint=checkpoint if content["subject"] == CHECKPOINT else None,
         seed=content["seed"],
     )
-
-
-def prepare(options: EvaluateOptions) -> Preparation:
-    """Opens, checks and chooses everything, before any actor starts. Raises what `evaluate` raises."""
-    evaluation, images = options.evaluation, options.images
-    if evaluation.num_samples < 2 * evaluation.num_blocks:
-        raise ConfigError(
-            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
-            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
-        )
-    commit = resolve_checkpoint(options.checkpoint, options.run.path)
-    dataset = CodeDataset.open(options.codes.path, verify=False)
-    tokenizer = open_tokenizer(options.tokenizer.path)
-    source = open_source(options.source, images)
-    check_binding(options, commit, dataset, tokenizer, source)
-    extractor = open_extractor(evaluation.extractor, evaluation.extractor_resolution)
-    sampling = dataclasses.replace(
-        options.sampling, seed=options.sampling.seed if options.seed is None else options.seed
-    )
-    training = choose_images(source.list_images("train"), evaluation.num_reference_images)
-    holdout = choose_images(source.list_images("holdout"), evaluation.num_samples)
-    if holdout.num_rows < evaluation.num_samples:
-        logger.warning(
-            "evaluation.num_samples is %d, but there are %d held-out images: the distances of held-out images and "
-            "reconstructions are measured on these. They do not compare with that of the samples, because a distance "
-            "falls as the number of images grows.",
-            evaluation.num_samples,
-            holdout.num_rows,
-        )
-    key = reference_key(images_identity(options.source, images, training), extractor.fingerprint)
-    assignment = Assignment(
-        checkpoint_path=commit.path,
-        tokenizer_path=options.tokenizer.path,
-        sampling=sampling,
-        images=images,
-        evaluation=evaluation,
-        source=source,
-        reference_key=key,
-        reference_uris=training["uri"].to_pylist(),
-        holdout_uris=holdout["uri"].to_pylist(),
-        holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
-        num_features=extractor.num_features,
-        metric_prefix=extractor.metric_prefix,
-        codebook_size=tokenizer.codebook_size,
-        num_codes=dataset.num_codes,
-    )
-    description = {**_describe(options, commit, sampling, extractor), "class_names": list(dataset.class_names)}
-    identity = {
-        "checkpoint_hash": commit.hash,
-        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
-        "code_dataset_root_hash": commit.root_hash,
-        "sampling": description["sampling"],
-        "metrics": f"{extractor.metric_prefix}, psnr, codebook, likelihood",
-        "extractor_fingerprint": extractor.fingerprint,
-        "num_samples": evaluation.num_samples,
-        "num_blocks": evaluation.num_blocks,
-        "seed": sampling.seed,
-        "reference_key": key,
-        "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
-    }
-    return Preparation(assignment=assignment, identity=identity, description=description)
-
-
-def _describe(
-    options: EvaluateOptions, commit: Commit, sampling: SamplingOptions, extractor: Extractor
-) -> dict[str, Any]:
-    """What a record says besides its numbers and where they came from."""
-    deciding = ("num_samples", "num_reference_images", "extractor", "extractor_resolution", "num_blocks")
-    return {
-        "checkpoint": commit.path,
-        "checkpoint_hash": commit.hash,
-        "step": commit.step,
-        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
-        "code_dataset_root_hash": commit.root_hash,
-        "sampling": {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")},
-        "seed": sampling.seed,
-        "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
-        "distance": distance_name(extractor),
-        "extractor": extractor.name,
-        "extractor_resize": extractor.resize,
-        "extractor_fingerprint": extractor.fingerprint,
-        "images": to_dict(options.images),
-        "source": to_dict(options.source),
-    }
-
-
-def check_binding(
-    options: EvaluateOptions, commit: Commit, dataset: CodeDataset, tokenizer: Tokenizer, source: Source
-) -> None:
-    """Refuses a checkpoint, code dataset, tokenizer and source that do not belong together.
-
-    Raises:
-        ArtefactError: naming both sides.
-        ConfigError: the images are prepared otherwise than the code dataset's.
-    """
-    if not commit.is_imported and dataset.root_hash != commit.root_hash:
-        raise ArtefactError(
-            f"codes.path is {options.codes.path} with root hash {dataset.root_hash}, but checkpoint {commit.path} was "
-            f"trained on the code dataset with root hash {commit.root_hash}. Name that dataset."
-        )
-    if tokenizer.fingerprint != commit.tokenizer_fingerprint:
-        raise ArtefactError(
-            f"tokenizer.path is {options.tokenizer.path} with fingerprint {tokenizer.fingerprint}, but checkpoint "
-            f"{commit.path} was trained on codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
-        )
-    check_preprocessing(options.images, dataset)
-    if source.class_names and dataset.class_names and tuple(source.class_names) != tuple(dataset.class_names):
-        raise ArtefactError(
-            f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "
-            f"{options.codes.path} has classes {', '.join(dataset.class_names)}. Use images of the same classes."
-        )
 
 
 def measure(assignment: Assignment, progress: Progress | None = None) -> Measurement:
@@ -294,8 +134,9 @@ def measure(assignment: Assignment, progress: Progress | None = None) -> Measure
         for _ in range(MAX_COORDINATORS):
             try:
                 return _measure(assignment, group, report)
-            except ActorDiedError as error:
-                if isinstance(error, RayTaskError):  # not this actor: it says so of another one
+            except RayActorError as error:
+                # A RayTaskError is what this actor says of another one.
+                if isinstance(error, RayTaskError) or error.actor_init_failed:
                     raise
                 logger.warning("The evaluation actor died and begins anew: %s", str(error).splitlines()[0])
     raise TesseraError(
@@ -308,7 +149,7 @@ def _measure(assignment: Assignment, group: PlacementGroup, report: Progress) ->
     remote = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2)
     actor: Any = remote.remote(assignment, group)
     totals = {
-        "sampling": assignment.evaluation.num_samples,
+        "sampling": assignment.evaluation.num_samples if assignment.checkpoint_path else 0,
         "reference": len(assignment.reference_uris),
         "holdout": len(assignment.holdout_uris),
     }

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from evaluation.batches import padded_batches
 from evaluation.extractors import open_extractor
+from evaluation.metrics import FeatureKey, MetricPlan
+from evaluation.pixel_metrics import PIXEL_METRICS
+from evaluation.self_test import damaged
+from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
+from evaluation.set_tally import Features
 from evaluation.tally import RealImages
 from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
@@ -21,19 +27,18 @@ from stages.options import EvaluationOptions, ImageOptions
 logger = logging.getLogger(__name__)
 
 VIEW = "center"
-# Identical images have no finite PSNR.
-MAX_PSNR = 100.0
 
 
 class FeatureActor:
-    """Extractor and tokenizer, loaded once. Results do not depend on which actor computes them (fp32, CPU, equal
+    """Extractors and tokenizer, loaded once. Results do not depend on which actor computes them (fp32, CPU, equal
     `num_threads`).
 
     Args:
         source: where real images are read from.
         images: what is done to them before anything sees them.
-        evaluation: names the extractor.
-        tokenizer_path: the tokenizer that reconstructs.
+        evaluation: how extractors are opened.
+        plan: which of their outputs are needed.
+        tokenizer_path: the tokenizer that reconstructs; None where nothing is reconstructed.
         num_threads: torch threads.
     """
 
@@ -42,25 +47,32 @@ class FeatureActor:
         source: Source,
         images: ImageOptions,
         evaluation: EvaluationOptions,
-        tokenizer_path: str,
+        plan: MetricPlan,
+        tokenizer_path: str | None,
         num_threads: int = 1,
     ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
         self.source = source
         self.images = images
-        self.extractor = open_extractor(evaluation.extractor, evaluation.extractor_resolution)
+        self.plan = plan
+        self.extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
+        self.pixel_metrics = {name: PIXEL_METRICS[name](evaluation) for name in plan.pixels}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
+        self.tokenizer = open_tokenizer(tokenizer_path).to(self.device) if tokenizer_path else None
 
-    def of_images(self, images: np.ndarray, tiles: Sequence[int]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Features float32 (n, d) of images uint8 (n, H, W, C), and the images at the positions `tiles`."""
-        return self.extractor(images), {position: images[position] for position in tiles}
+    def of_images(self, images: np.ndarray, tiles: Sequence[int]) -> tuple[Features, dict[int, np.ndarray]]:
+        """Features of samples uint8 (n, H, W, C), and the images at the positions `tiles`."""
+        return self._features(images, self.plan.features_of(SAMPLES)), {position: images[position] for position in tiles}
 
-    def of_reference(self, uris: Sequence[str]) -> tuple[np.ndarray, int]:
-        """Features float32 (n, d) of the real images that can be used, and the number of those that cannot."""
+    def of_reference(self, uris: Sequence[str], keys: Sequence[FeatureKey]) -> tuple[Features, np.ndarray]:
+        """Features under these keys of the real images that can be used, and which can, bool (m,)."""
         images, is_usable = self._read(uris)
-        return self.extractor(images), int(np.sum(~is_usable))
+        return self._features(images, keys), is_usable
+
+    def of_damaged(self, uris: Sequence[str], keys: Sequence[FeatureKey]) -> Features:
+        """Features of the real images that can be used, after they were damaged (see `evaluation.self_test`)."""
+        return self._features(damaged(self._read(uris)[0]), keys)
 
     def of_holdout(
         self, uris: Sequence[str], labels: np.ndarray, tiles: Sequence[int]
@@ -71,12 +83,20 @@ class FeatureActor:
         places = np.cumsum(is_usable) - 1
         item = RealImages(
             is_usable=is_usable,
-            features=self.extractor(images),
-            reconstruction_features=self.extractor(reconstructions),
-            psnr=psnr(images, reconstructions),
+            features=self._features(images, self.plan.features_of(HOLDOUT)),
+            reconstruction_features=self._features(reconstructions, self.plan.features_of(RECONSTRUCTIONS)),
+            pixels={name: metric(images, reconstructions) for name, metric in self.pixel_metrics.items()},
             tiles={p: np.stack([images[places[p]], reconstructions[places[p]]]) for p in tiles if is_usable[p]},
         )
         return item, codes, labels[is_usable]
+
+    def _features(self, images: np.ndarray, keys: Sequence[FeatureKey]) -> Features:
+        """Features float32 (n, d) of images uint8 (n, H, W, C) under these keys; every extractor runs once."""
+        found: dict[FeatureKey, np.ndarray] = {}
+        for name in dict.fromkeys(name for name, _ in keys):
+            outputs = [output for extractor, output in keys if extractor == name]
+            found |= {(name, output): values for output, values in self.extractors[name](images, outputs).items()}
+        return found
 
     def _read(self, uris: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 (n, H, W, C) that can be used, and which can, bool (m,)."""
@@ -89,12 +109,15 @@ class FeatureActor:
 
     @torch.inference_mode()
     def _reconstruct(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert self.tokenizer is not None, "this actor was made to reconstruct nothing"
         grid = self.tokenizer.grid(self.images.size)
-        if len(images) == 0:
-            return np.empty((0, grid[0] * grid[1]), np.int64), images
-        codes = self.tokenizer.encode(to_float(torch.from_numpy(images)).to(self.device))
-        pixels = self.tokenizer.decode(codes.view(-1, *grid))
-        return codes.cpu().numpy(), to_uint8(pixels).cpu().numpy()
+        codes, reconstructions = [np.empty((0, grid[0] * grid[1]), np.int64)], [images[:0]]
+        for n, (batch,) in padded_batches(images):
+            codes_BL = self.tokenizer.encode(to_float(torch.from_numpy(batch)).to(self.device))
+            pixels = self.tokenizer.decode(codes_BL.view(-1, *grid))
+            codes.append(codes_BL[:n].cpu().numpy())
+            reconstructions.append(to_uint8(pixels)[:n].cpu().numpy())
+        return np.concatenate(codes), np.concatenate(reconstructions)
 
 
 def read_view(source: Source, uri: str, images: ImageOptions) -> np.ndarray | None:
@@ -112,11 +135,3 @@ def read_view(source: Source, uri: str, images: ImageOptions) -> np.ndarray | No
         raise TesseraError(
             f"{uri} is listed, but it cannot be read ({error}). Restore the storage or connection."
         ) from error
-
-
-def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio per image in dB, float64 (n,), of uint8 images (n, H, W, C); at most 100."""
-    error = images.astype(np.float64) - others.astype(np.float64)
-    mean_square = np.mean(error**2, axis=(1, 2, 3))
-    floor = 255.0**2 / 10 ** (MAX_PSNR / 10)
-    return 10.0 * np.log10(255.0**2 / np.maximum(mean_square, floor))

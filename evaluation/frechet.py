@@ -7,30 +7,34 @@ non-negative by construction, and several times as fast as a matrix square root.
 computed once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics import Metric
 
 from evaluation.estimates import Estimate, jackknife
-from evaluation.statistics import GaussianStatistics, merge, merge_all, subtract
+from evaluation.statistics import GaussianStatistics, merge_all, subtract
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics to measure against, with the factor B of their covariance, float64 (d, r): covariance = B B^T."""
+    """What to measure against.
 
-    statistics: GaussianStatistics
+    Attributes:
+        mean: float64 (d,).
+        factor: B, float64 (d, r), of the covariance: covariance = B B^T.
+        n: vectors behind it; None where statistics of others do not say.
+    """
+
+    mean: np.ndarray
     factor: np.ndarray
+    n: int | None = None
 
     @staticmethod
     def of(statistics: GaussianStatistics) -> "Reference":
         """A reference from statistics of at least two vectors."""
-        return Reference(statistics, covariance_factor(statistics.covariance))
+        return Reference(statistics.mean, covariance_factor(statistics.covariance), statistics.n)
 
 
 def covariance_factor(covariance: np.ndarray) -> np.ndarray:
@@ -46,7 +50,7 @@ def frechet_distance(statistics: GaussianStatistics, reference: Reference) -> fl
     covariance, factor = statistics.covariance, reference.factor
     eigenvalues = np.linalg.eigvalsh(factor.T @ covariance @ factor)
     trace_of_root = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
-    difference = statistics.mean - reference.statistics.mean
+    difference = statistics.mean - reference.mean
     # tr S2 is taken from B, so that what was cut off the rank is missing on both sides of the difference.
     traces = np.trace(covariance) + np.square(factor).sum()
     return max(float(difference @ difference + traces - 2.0 * trace_of_root), 0.0)
@@ -59,65 +63,15 @@ def frechet_estimate(blocks: Sequence[GaussianStatistics], reference: Reference,
     order 1/n, which is all of it once n is well above d (reference: Chong and Forsyth 2020 on that bias).
 
     Args:
-        blocks: statistics of K disjoint sets of images of about equal size.
+        blocks: statistics of K disjoint sets of images of about equal size; without error bar if there is one.
         reference: what to measure against.
         num_threads: distances computed at a time.
     """
     total = merge_all(blocks)
-    sets = [total, *(subtract(total, block) for block in blocks)]
+    if len(blocks) == 1:
+        return Estimate(frechet_distance(total, reference), total.n)
+    without = [subtract(total, block) for block in blocks]
+    pairs = [subtract(without[k], blocks[k + 1]) for k in range(0, len(blocks) - 1, 2)] if len(blocks) > 2 else []
     with ThreadPoolExecutor(num_threads) as threads:
-        value, *without_block = threads.map(lambda statistics: frechet_distance(statistics, reference), sets)
-    return jackknife(value, without_block, total.n)
-
-
-class FrechetDistance(Metric):
-    """Fréchet distance as a torchmetrics Metric whose state merges exactly over processes.
-
-    The state is one float64 tensor (d + 2, d): n (repeated), mean, M2. Reduction and `merge_state` are Chan's rule.
-
-    Args:
-        reference: statistics to measure against.
-        extractor: maps uint8 images (n, H, W, C) to float features (n, d); without it `update` takes features.
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    moments: Tensor
-
-    def __init__(self, reference: Reference, extractor: Callable[[np.ndarray], np.ndarray] | None = None, **kwargs):
-        super().__init__(**kwargs)
-        self.reference = reference
-        self.extractor = extractor
-        empty = GaussianStatistics.empty(len(reference.statistics.mean))
-        self.add_state("moments", default=_pack(empty), dist_reduce_fx=_merge_packed, persistent=True)
-
-    @property
-    def statistics(self) -> GaussianStatistics:
-        """What was fed so far."""
-        return _unpack(self.moments)
-
-    def update(self, inputs: Tensor) -> None:
-        """Adds features float (n, d), or images uint8 (n, H, W, C) when there is an extractor."""
-        values = inputs.detach().cpu().numpy()
-        features = values if self.extractor is None else self.extractor(values)
-        merged = merge(self.statistics, GaussianStatistics.of(features))
-        self.moments = _pack(merged).to(self.moments.device)
-
-    def compute(self) -> Tensor:
-        """The distance, a float64 scalar."""
-        return torch.tensor(frechet_distance(self.statistics, self.reference), dtype=torch.float64)
-
-
-def _pack(statistics: GaussianStatistics) -> Tensor:
-    n = np.full((1, len(statistics.mean)), float(statistics.n))
-    return torch.from_numpy(np.concatenate([n, statistics.mean[None], statistics.m2]))
-
-
-def _unpack(moments: Tensor) -> GaussianStatistics:
-    values = moments.cpu().numpy()
-    return GaussianStatistics(int(values[0, 0]), values[1], values[2:])
-
-
-def _merge_packed(stacked: Tensor) -> Tensor:
-    return _pack(merge_all(_unpack(moments) for moments in stacked))
+        value, *others = threads.map(lambda each: frechet_distance(each, reference), [total, *without, *pairs])
+    return jackknife(value, others[: len(blocks)], total.n, others[len(blocks) :])

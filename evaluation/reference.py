@@ -1,29 +1,37 @@
 """Reference statistics: what real training images look like to an extractor, computed once and kept with a hash.
 
-One .npz per reference under `<evaluation.path>/reference/`: n, mean, m2, factor and a description, and beside them mu
-and sigma, so that readers of the pytorch-fid layout can use it as it is.
+One .npz per output of an extractor under `<evaluation.path>/reference/`: n, mean, m2, factor, perhaps features of some of
+the images, and a description; beside them mu and sigma, so that readers of the pytorch-fid layout can use it as it is.
+Files of pytorch-fid (mu, sigma) and ADM (mu, sigma, mu_s, sigma_s) are read by `read_statistics` and written by
+`evaluation.make_reference`.
 """
 
 import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from evaluation.frechet import Reference
+from evaluation.extractors import FEATURES, SPATIAL, Extractor
+from evaluation.frechet import Reference, covariance_factor
 from evaluation.hashing import canonical_hash
+from evaluation.set_metric import ReferenceSet
 from evaluation.statistics import GaussianStatistics
 from pipeline import storage
 from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
 
-FORMAT_VERSION = 1
-ARRAYS = ("n", "mean", "m2", "factor")
+FORMAT_VERSION = 2
+ARRAYS = ("n", "mean", "m2", "factor", "features")
+# What mean and covariance of each output are called in files of pytorch-fid and ADM.
+LAYOUT = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +39,30 @@ class StoredReference:
     """A reference as it is kept.
 
     Attributes:
-        reference: the statistics and the factor of their covariance.
+        reference: what sets are measured against.
         key: sha-256 (hex) of what it was made from.
         sha256: sha-256 (hex) of its arrays.
         num_unusable: listed images that could not be decoded and are not in it.
+        m2: float64 (d, d), for other formats; None where a file of others gives none.
+        self_test: distances of real images to real and to damaged ones when it was made; None for files of others.
     """
 
-    reference: Reference
+    reference: ReferenceSet
     key: str
     sha256: str
-    num_unusable: int
+    num_unusable: int = 0
+    m2: np.ndarray | None = None
+    self_test: Mapping[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a record says of it."""
+        content = {
+            "key": self.key,
+            "sha256": self.sha256,
+            "n": self.reference.gaussian.n,
+            "num_unusable": self.num_unusable,
+        }
+        return content if self.self_test is None else {**content, "self_test": dict(self.self_test)}
 
 
 def choose_images(listing: pa.Table, num_images: int | None) -> pa.Table:
@@ -72,9 +94,17 @@ def images_identity(source: SourceOptions, images: ImageOptions, rows: pa.Table)
     }
 
 
-def reference_key(identity: dict[str, Any], extractor_fingerprint: str) -> str:
-    """Key of reference statistics: images and extractor."""
-    return canonical_hash({"images": identity, "extractor": extractor_fingerprint, "format_version": FORMAT_VERSION})
+def reference_key(identity: dict[str, Any], extractor_fingerprint: str, output: str, num_kept: int) -> str:
+    """Key of a reference: images, extractor, which of its outputs, and how many features are kept themselves."""
+    return canonical_hash(
+        {
+            "images": identity,
+            "extractor": extractor_fingerprint,
+            "output": output,
+            "num_kept": num_kept,
+            "format_version": FORMAT_VERSION,
+        }
+    )
 
 
 def reference_path(evaluation_path: str, key: str) -> str:
@@ -83,15 +113,31 @@ def reference_path(evaluation_path: str, key: str) -> str:
 
 
 def store_reference(
-    evaluation_path: str, key: str, statistics: GaussianStatistics, num_unusable: int
+    evaluation_path: str,
+    key: str,
+    statistics: GaussianStatistics,
+    num_unusable: int,
+    features: np.ndarray | None = None,
+    self_test: Mapping[str, float] | None = None,
 ) -> StoredReference:
     """Keeps a reference and returns what is kept: the first one stored under a key stays."""
-    reference = Reference.of(statistics)
-    n, mean, m2 = np.int64(statistics.n), statistics.mean, statistics.m2
-    arrays: dict[str, Any] = {"n": n, "mean": mean, "m2": m2, "factor": reference.factor}
-    meta = {"key": key, "sha256": _arrays_hash(arrays), "num_unusable": num_unusable, "format_version": FORMAT_VERSION}
+    arrays: dict[str, Any] = {
+        "n": np.int64(statistics.n),
+        "mean": statistics.mean,
+        "m2": statistics.m2,
+        "factor": covariance_factor(statistics.covariance),
+    }
+    if features is not None:
+        arrays["features"] = features
+    meta = {
+        "key": key,
+        "sha256": _arrays_hash(arrays),
+        "num_unusable": num_unusable,
+        "self_test": dict(self_test) if self_test is not None else None,
+        "format_version": FORMAT_VERSION,
+    }
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, mu=mean, sigma=statistics.covariance, meta=np.array(json.dumps(meta)))
+    np.savez(buffer, **arrays, mu=statistics.mean, sigma=statistics.covariance, meta=np.array(json.dumps(meta)))
     storage.put_if_absent(reference_path(evaluation_path, key), buffer.getvalue())
     stored = load_reference(evaluation_path, key)
     assert stored is not None
@@ -111,10 +157,11 @@ def load_reference(evaluation_path: str, key: str) -> StoredReference | None:
         return None
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS}
+            arrays = {name: file[name] for name in ARRAYS if name in file}
             meta = json.loads(str(file["meta"]))
             found = _arrays_hash(arrays)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            gaussian = Reference(arrays["mean"], arrays["factor"], int(arrays["n"]))
+    except UNREADABLE as error:
         raise ArtefactError(
             f"{path} is damaged ({error}), but it must hold reference statistics. Remove it; it is computed again."
         ) from error
@@ -123,14 +170,70 @@ def load_reference(evaluation_path: str, key: str) -> StoredReference | None:
             f"{path} has key {meta['key']} and arrays of sha-256 {found}, but {key} and {meta['sha256']} are expected. "
             "Remove it; it is computed again."
         )
-    statistics = GaussianStatistics(int(arrays["n"]), arrays["mean"], arrays["m2"])
-    return StoredReference(Reference(statistics, arrays["factor"]), key, found, meta["num_unusable"])
+    reference = ReferenceSet(gaussian, arrays.get("features"))
+    return StoredReference(reference, key, found, meta["num_unusable"], arrays["m2"], meta["self_test"])
+
+
+def read_statistics(path: str, output: str, extractor: Extractor) -> StoredReference:
+    """The statistics of one output of an extractor in a file of pytorch-fid or ADM, or one written by Tessera.
+
+    Args:
+        path: a local or s3:// .npz.
+        output: features, or spatial (which ADM's files have).
+        extractor: files of others do not say which one they are of, ours do.
+
+    Raises:
+        ArtefactError: there is no such file, it is damaged, or it holds no statistics of this extractor.
+    """
+    names, width = LAYOUT[output], extractor.outputs[output]
+    try:
+        data = storage.read_bytes(path)
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            missing = [name for name in names if name not in file]
+            mean, covariance = (file[name].astype(np.float64) for name in names) if not missing else (np.empty(0),) * 2
+            n = int(file["n"]) if "n" in file else None
+            made_with = json.loads(str(file["meta"])).get("extractor_fingerprint") if "meta" in file else None
+    except FileNotFoundError:
+        raise ArtefactError(f"evaluation.reference_path is {path}, but there is no such file. Name an .npz.") from None
+    except UNREADABLE as error:
+        raise ArtefactError(
+            f"evaluation.reference_path is {path}, but that cannot be read ({error}). Name an .npz of pytorch-fid or ADM."
+        ) from error
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        found = f"no {' and '.join(missing)}" if missing else f"a mean of shape {mean.shape}"
+        raise ArtefactError(
+            f"evaluation.reference_path is {path}, which has {found}, but the metrics need {names[0]} ({width},) and "
+            f"{names[1]} ({width}, {width}). Name statistics of the same extractor."
+        )
+    if made_with not in (None, extractor.fingerprint):
+        raise ArtefactError(
+            f"evaluation.reference_path is {path}, made with the extractor of fingerprint {made_with}, but {extractor.name} "
+            f"has {extractor.fingerprint}. Name statistics of the same extractor."
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    key = canonical_hash({"file": sha256, "output": output})
+    return StoredReference(ReferenceSet(Reference(mean, covariance_factor(covariance), n)), key, sha256)
+
+
+def statistics_npz(references: Mapping[str, StoredReference], meta: dict[str, Any]) -> bytes:
+    """References by output as one .npz that pytorch-fid and ADM read: mu and sigma, and of spatial features mu_s and
+    sigma_s; beside them n and `meta`."""
+    arrays: dict[str, Any] = {}
+    for output, stored in references.items():
+        gaussian = stored.reference.gaussian
+        assert stored.m2 is not None and gaussian.n is not None
+        mean, covariance = LAYOUT[output]
+        arrays |= {mean: gaussian.mean, covariance: stored.m2 / (gaussian.n - 1), "n": np.int64(gaussian.n)}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, meta=np.array(json.dumps(meta)))
+    return buffer.getvalue()
 
 
 def _arrays_hash(arrays: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in ARRAYS:
-        values = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}:{values.shape}:{values.dtype.str}".encode())
-        digest.update(values.tobytes())
+        if name in arrays:
+            values = np.ascontiguousarray(arrays[name])
+            digest.update(f"{name}:{values.shape}:{values.dtype.str}".encode())
+            digest.update(values.tobytes())
     return digest.hexdigest()

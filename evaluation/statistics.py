@@ -4,7 +4,7 @@
 (reference: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance").
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,36 +73,3 @@ def subtract(total: GaussianStatistics, part: GaussianStatistics) -> GaussianSta
     mean = total.mean + (total.mean - part.mean) * (part.n / n)
     delta = part.mean - mean
     return GaussianStatistics(n, mean, total.m2 - part.m2 - np.outer(delta, delta) * (n * part.n / total.n))
-
-
-class BlockStatistics:
-    """Statistics of K disjoint blocks of images, fed in pieces.
-
-    Features wait until FOLD_ROWS of a block have come, because folding few rows costs as much as folding many. Fed in
-    the same order, the same features give the same bits however they are cut into pieces.
-    """
-
-    FOLD_ROWS = 512
-
-    def __init__(self, num_blocks: int, num_features: int):
-        self._folded = [GaussianStatistics.empty(num_features) for _ in range(num_blocks)]
-        self._waiting = [np.empty((0, num_features), np.float32) for _ in range(num_blocks)]
-
-    def add(self, features: np.ndarray, blocks: np.ndarray) -> None:
-        """Adds features (n, d), row i to block blocks[i]."""
-        for block in np.unique(blocks):
-            rows = np.concatenate([self._waiting[block], features[blocks == block]])
-            while len(rows) >= self.FOLD_ROWS:
-                self._fold(block, rows[: self.FOLD_ROWS])
-                rows = rows[self.FOLD_ROWS :]
-            self._waiting[block] = rows
-
-    def result(self) -> Sequence[GaussianStatistics]:
-        """Statistics of each block."""
-        for block, rows in enumerate(self._waiting):
-            self._fold(block, rows)
-            self._waiting[block] = rows[:0]
-        return self._folded
-
-    def _fold(self, block: int, rows: np.ndarray) -> None:
-        self._folded[block] = merge(self._folded[block], GaussianStatistics.of(rows))

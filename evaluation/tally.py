@@ -1,15 +1,16 @@
 """What an evaluation adds up while items come back: one tally for samples, one for held-out images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from evaluation.estimates import Estimate, assign_blocks, leave_one_out, mean_estimate, perplexity, usage
+from evaluation.estimates import Estimate, leave_one_out, mean_estimate, perplexity, usage
 from evaluation.grids import grid_positions, tiles_png
-from evaluation.statistics import BlockStatistics
+from evaluation.metrics import MetricPlan
+from evaluation.set_tally import Features, SetTally
 from pipeline.grids import default_columns
 from stages.errors import TesseraError
 
@@ -22,16 +23,16 @@ class RealImages:
 
     Attributes:
         is_usable: bool (m,), which of the m asked for can be used.
-        features: float32 (n, d).
-        reconstruction_features: float32 (n, d), of the tokenizer's reconstructions.
-        psnr: float64 (n,), dB, of the reconstructions.
+        features: float32 (n, d) by key.
+        reconstruction_features: the same of the tokenizer's reconstructions.
+        pixels: float64 (n,) by name of the metric, of the reconstructions.
         tiles: by position in the item, for those asked for: image and reconstruction, uint8 (2, H, W, C).
     """
 
     is_usable: np.ndarray
-    features: np.ndarray
-    reconstruction_features: np.ndarray
-    psnr: np.ndarray
+    features: Features
+    reconstruction_features: Features
+    pixels: Mapping[str, np.ndarray]
     tiles: dict[int, np.ndarray]
 
 
@@ -58,27 +59,25 @@ class _Grid:
 
 
 class SampleTally:
-    """Features and grid of the samples.
+    """Metrics and grid of the samples.
 
     Args:
         labels: int64 (n,), classes of the samples, -1 without classes.
-        num_features: width of the features.
-        num_blocks: blocks of the jackknife.
+        metrics: fed with their features.
         num_grid_images: most images in the grid.
     """
 
-    def __init__(self, labels: np.ndarray, num_features: int, num_blocks: int, num_grid_images: int):
-        self._blocks = assign_blocks(len(labels), num_blocks)
+    def __init__(self, labels: np.ndarray, metrics: SetTally, num_grid_images: int):
         self._grid = _Grid(labels, num_grid_images)
-        self.features = BlockStatistics(num_blocks, num_features)
+        self.metrics = metrics
 
     def tiles_in(self, item: Item) -> list[int]:
         """Positions within an item of the images that the grid shows."""
         return self._grid.tiles_in(item)
 
-    def add(self, item: Item, features: np.ndarray, tiles: dict[int, np.ndarray]) -> None:
-        """Adds the features float32 (n, d) and tiles of one item."""
-        self.features.add(features, self._blocks[slice(*item)])
+    def add(self, item: Item, features: Features, tiles: dict[int, np.ndarray]) -> None:
+        """Adds the features float32 (n, d) by key, and the tiles of one item."""
+        self.metrics.add(np.arange(*item), features)
         self._grid.add(item, tiles)
 
     def layouts(self) -> dict[str, dict[str, Any]]:
@@ -91,66 +90,83 @@ class SampleTally:
 
 
 class HoldoutTally:
-    """Features, pixel errors, codes and likelihoods of held-out images and their reconstructions.
+    """Metrics, pixel errors, codes and likelihoods of held-out images and their reconstructions.
 
     Args:
         labels: int64 (m,), classes of the images, -1 where there is none.
-        num_features: width of the features.
+        real, reconstructed: metrics, fed with the features of images and reconstructions.
+        plan: says what else is measured.
         codebook_size: entries of the tokenizer's codebook.
-        num_blocks: blocks of the jackknife.
         num_grid_images: most images in each grid.
     """
 
     def __init__(
-        self, labels: np.ndarray, num_features: int, codebook_size: int, num_blocks: int, num_grid_images: int
+        self,
+        labels: np.ndarray,
+        real: SetTally,
+        reconstructed: SetTally,
+        plan: MetricPlan,
+        codebook_size: int,
+        num_grid_images: int,
     ):
-        self._blocks = assign_blocks(len(labels), num_blocks)
         self._grid = _Grid(labels, num_grid_images)
-        self._counts = np.zeros((num_blocks, codebook_size), np.int64)
-        self._psnr: list[np.ndarray] = []
+        self._counts = np.zeros((real.num_blocks, codebook_size), np.int64)
+        self._pixels: dict[str, list[np.ndarray]] = {name: [] for name in plan.pixels}
         self._nll: list[np.ndarray] = []
-        self.real = BlockStatistics(num_blocks, num_features)
-        self.reconstructed = BlockStatistics(num_blocks, num_features)
+        self._plan = plan
+        self._num_images = len(labels)
+        self.real = real
+        self.reconstructed = reconstructed
         self.num_unusable = 0
 
     def tiles_in(self, item: Item) -> list[int]:
         """Positions within an item of the images that the grids show."""
         return self._grid.tiles_in(item)
 
-    def add(self, item: Item, images: RealImages, codes: np.ndarray, nll: np.ndarray) -> None:
-        """Adds one item: what its images yield, codes int64 (n, L), negative log-likelihoods float64 (n,) in nats."""
-        blocks = self._blocks[slice(*item)][images.is_usable]
-        self.real.add(images.features, blocks)
-        self.reconstructed.add(images.reconstruction_features, blocks)
-        np.add.at(self._counts, (blocks[:, None], codes), 1)
-        self._psnr.append(images.psnr)
-        self._nll.append(nll)
+    def add(self, item: Item, images: RealImages, codes: np.ndarray, nll: np.ndarray | None = None) -> None:
+        """Adds one item: what its images yield, codes int64 (n, L), and negative log-likelihoods float64 (n,) in nats
+        where they are measured."""
+        indices = np.arange(*item)[images.is_usable]
+        self.real.add(indices, images.features)
+        self.reconstructed.add(indices, images.reconstruction_features)
+        np.add.at(self._counts, (self.real.blocks[indices][:, None], codes), 1)
+        for name, values in images.pixels.items():
+            self._pixels[name].append(values)
+        if nll is not None:
+            self._nll.append(nll)
         self._grid.add(item, images.tiles)
         self.num_unusable += int(np.sum(~images.is_usable))
 
     def check(self, minimum: int) -> None:
         """Raises TesseraError when fewer than `minimum` images can be used."""
-        num_usable = len(self._blocks) - self.num_unusable
+        num_usable = self._num_images - self.num_unusable
         if num_usable < minimum:
             raise TesseraError(
-                f"{num_usable} of {len(self._blocks)} held-out images can be used, but the error bars need "
+                f"{num_usable} of {self._num_images} held-out images can be used, but the error bars need "
                 f"{minimum}. Check the source."
             )
 
     def estimates(self, num_codes: int) -> dict[str, Estimate]:
-        """Metrics that need no reference.
+        """Metrics that need no features.
 
         psnr in dB; codebook_usage as a share in [0, 1]; codebook_perplexity in codes; validation_nll in nats per code;
         validation_bits_per_image in bits.
         """
-        nll = np.concatenate(self._nll)
-        return {
-            "psnr": mean_estimate(np.concatenate(self._psnr)),
-            "codebook_usage": Estimate(usage(self._counts.sum(axis=0)), len(nll)),
-            "codebook_perplexity": leave_one_out(perplexity, self._counts, len(nll)),
-            "validation_nll": mean_estimate(nll / num_codes),
-            "validation_bits_per_image": mean_estimate(nll / math.log(2.0)),
-        }
+        found = {name: mean_estimate(np.concatenate(values)) for name, values in self._pixels.items()}
+        num_usable = self._num_images - self.num_unusable
+        if self._plan.has_codebook:
+            found["codebook_usage"] = Estimate(usage(self._counts.sum(axis=0)), num_usable)
+            found["codebook_perplexity"] = leave_one_out(perplexity, self._counts, num_usable)
+        if self._plan.has_likelihood:
+            nll = np.concatenate(self._nll)
+            found["validation_nll"] = mean_estimate(nll / num_codes)
+            found["validation_bits_per_image"] = mean_estimate(nll / math.log(2.0))
+        return found
+
+    def side_by_side(self) -> bytes:
+        """The grid of real images, each with its reconstruction to the right, as PNG."""
+        pairs = {p: np.concatenate([pair[0], pair[1]], axis=1) for p, pair in self._grid.tiles.items()}
+        return tiles_png(pairs, self._grid.positions, max(1, (self._grid.columns or 8) // 2))
 
     def layouts(self) -> dict[str, dict[str, Any]]:
         """Where the tiles of each grid stand."""

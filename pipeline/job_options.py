@@ -31,8 +31,19 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
     return options
 
 
+PATHS = (
+    "path",
+    "holdout_path",
+    "cache_path",
+    "validation_path",
+    "weights_path",
+    "reference_path",
+    "perceptual_vgg",
+    "perceptual_heads",
+)
+
+
 def section_paths(section: Any) -> dict[str, str]:
     """The paths that a section of the configuration names, by key; addresses on the web are none."""
-    names = ("path", "holdout_path", "cache_path", "validation_path", "perceptual_vgg", "perceptual_heads")
-    values = {name: getattr(section, name, None) for name in names}
+    values = {name: getattr(section, name, None) for name in PATHS}
     return {name: value for name, value in values.items() if value and not value.startswith(("http://", "https://"))}

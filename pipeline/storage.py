@@ -32,8 +32,8 @@ def is_local(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A path that means the same in any working directory."""
-    return os.path.abspath(path) if is_local(path) else S3 + path.removeprefix(S3).rstrip("/")
+    """A path that means the same in any working directory; ~ is the home directory."""
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else S3 + path.removeprefix(S3).rstrip("/")
 
 
 def join(path: str, *parts: str) -> str:

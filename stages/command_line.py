@@ -149,10 +149,19 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate = configured(add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))
     evaluate.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
+    evaluate.add_argument("--tokenizer", action="store_true", help="measure the tokenizer at tokenizer.path alone")
     modes = evaluate.add_mutually_exclusive_group()
     modes.add_argument("--verify", metavar="RECORD", help="recompute this record and say what differs")
     modes.add_argument("--compare", metavar="RECORD", help="measure, and compare with this record")
     modes.add_argument("--sweep", action="store_true", help="search for the best sampling options, see docs/nightly.md")
+    reference = configured(
+        add(
+            "reference",
+            "Computes the statistics that images are measured against.",
+            "-c configs/imagenet.yaml evaluation.metrics=[fid,sfid] --output imagenet-256.npz",
+        )
+    )
+    reference.add_argument("--output", metavar="FILE", help="also write them as an .npz that pytorch-fid and ADM read")
     configured(add("nightly", "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
     submit = add("submit", "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
     submit.add_argument(

@@ -7,6 +7,7 @@ Only dataclasses live here, so that reading a configuration imports neither torc
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.evaluation_options import EvaluationOptions
 from stages.nightly_options import NightlyOptions, SweepOptions
 from stages.option import option
 from stages.quantizer_options import QuantizerOptions, QuantizerTrainOptions
@@ -334,45 +335,6 @@ class ScalingOptions:
     def max_workers(self) -> int:
         """Most processes a job runs with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """What is measured, on how many samples, against what."""
-
-    path: str = option("runs/evaluation", "Folder of records, reference statistics and the report.")
-    num_samples: int = option(10_000, "Samples drawn, reconstructions made and held-out images taken.", low=2)
-    num_reference_images: int | None = option(
-        None, "Training images behind the reference statistics; all if not given.", low=2
-    )
-    num_sampler_actors: int = option(1, "Actors that draw and decode samples.", low=1)
-    num_feature_actors: int = option(1, "Actors that compute features.", low=1)
-    item_size: int = option(
-        32, "Images per work item, rounded up to whole sampling groups; no number depends on it.", low=1
-    )
-    cpus_per_actor: float | None = option(
-        None, "CPUs that Ray reserves per actor; one, or an equal share of fewer, if not given.", above=0.0
-    )
-    gpus_per_actor: float | None = option(
-        None, "GPUs per actor, a share of one or whole ones; one, or an equal share of fewer, if not given.", low=0.0
-    )
-    actor_resource: str | None = option(
-        None, "Custom Ray resource of which each actor takes one: on nodes that offer it, evaluations run, and only there."
-    )
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
-        "PACK", "How Ray places the actors on nodes."
-    )
-    start_timeout_seconds: float = option(
-        600.0, "How long to wait until the cluster has room for all actors at once; then it is an error.", above=0.0
-    )
-    extractor: str = option(
-        "efficientnet-lite0", "A name from evaluation.extractors.EXTRACTORS, or `package.module:Class`."
-    )
-    extractor_resolution: int = option(
-        224, "Side to which images are resized for the extractor; part of the metric's name.", low=32
-    )
-    num_blocks: int = option(10, "Blocks of the jackknife that gives the standard errors.", low=2)
-    num_grid_images: int = option(64, "Images per grid on the report page.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from evaluation.estimates import Estimate, assign_blocks, jackknife, leave_one_out, mean_estimate, perplexity, usage
+from evaluation.estimates import (
+    Estimate,
+    assign_blocks,
+    fair_choice,
+    jackknife,
+    leave_one_out,
+    mean_estimate,
+    perplexity,
+    usage,
+)
 
 
 def test_jackknife_of_a_mean_is_its_textbook_standard_error():
@@ -16,6 +25,31 @@ def test_jackknife_removes_the_bias_of_the_plain_variance():
     values = np.random.default_rng(1).normal(size=30)
     estimate = jackknife(values.var(), [np.delete(values, i).var() for i in range(30)], 30)
     assert estimate.bias_corrected == pytest.approx(values.var(ddof=1))
+
+
+def test_pairs_of_blocks_correct_the_error_of_a_squared_mean():
+    """Its whole variance comes from pairs of images, of which the plain jackknife reports twice as much."""
+    k, found = 20, []
+    for seed in range(200):
+        values = np.random.default_rng(seed).normal(size=(k, 50))
+
+        def statistic(*left_out: int) -> float:
+            return float(np.sum(np.delete(values, left_out, axis=0).mean(axis=0) ** 2))
+
+        singles, pairs = [statistic(i) for i in range(k)], [statistic(i, i + 1) for i in range(0, k, 2)]
+        plain, corrected = jackknife(statistic(), singles, k), jackknife(statistic(), singles, k, pairs)
+        assert corrected.bias_corrected == plain.bias_corrected
+        found.append((statistic(), plain.standard_error**2, corrected.standard_error**2))
+    values, plain, corrected = np.array(found).T
+    assert plain.mean() / values.var(ddof=1) > 1.6
+    assert corrected.mean() / values.var(ddof=1) == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_fair_choice_is_fixed_spread_and_of_the_right_size():
+    chosen = fair_choice(1000, 100)
+    assert chosen.sum() == 100 and fair_choice(100, 100).all() and fair_choice(3, 100).all()
+    np.testing.assert_array_equal(chosen, fair_choice(1000, 100))
+    assert min(part.sum() for part in np.split(chosen, 10)) >= 3
 
 
 def test_blocks_are_even_fixed_and_independent_of_labels_in_turn():

@@ -17,8 +17,10 @@ from evaluation_support import GRID, NUM_SAMPLES, STEP, make_checkpoint, make_to
 from PIL import Image
 
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
+from evaluation.make_reference import make_references
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
+from evaluation.reference_job import ReferenceOptions
 from pipeline.code_dataset import CodeDataset
 from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.options import ImageOptions, RunOptions, SamplingOptions, TokenizerOptions
@@ -44,7 +46,7 @@ def with_evaluation(options: EvaluateOptions, **changes) -> EvaluateOptions:
 
 def test_a_record_holds_every_metric_with_its_error(record):
     distances = {"fd_holdout", "rfd", "gfd"}
-    others = {"psnr", "codebook_usage", "codebook_perplexity", "validation_nll", "validation_bits_per_image"}
+    others = {"psnr", "ssim", "codebook_usage", "codebook_perplexity", "validation_nll", "validation_bits_per_image"}
     assert set(record.metrics) == distances | others
     for name, metric in record.metrics.items():
         assert metric["num_samples"] == NUM_SAMPLES
@@ -60,7 +62,9 @@ def test_a_record_says_what_it_was_made_from(record, options):
     content = record.content
     assert (record.step, content["seed"], content["extractor"]) == (STEP, 5, "efficientnet-lite0@32")
     assert content["distance"] == "Fréchet distance (efficientnet-lite0@32)"
-    assert content["reference"]["n"] == 60
+    assert content["subject"] == "checkpoint" and content["reference"]["n"] == 60
+    test = content["reference"]["self_test"]
+    assert test["damaged"] > 1.2 * test["real"] > 0
     assert os.path.exists(reference_path(options.evaluation.path, content["reference"]["key"]))
     for name in ("tokenizer_fingerprint", "code_dataset_root_hash", "extractor_fingerprint", "checkpoint_hash"):
         assert len(content[name]) == 64
@@ -121,14 +125,55 @@ def test_a_record_is_verified_by_measuring_again_and_a_wrong_one_is_not(record, 
     assert len(problems) == 1 and problems[0].startswith("gfd value: the record has")
 
 
+@pytest.fixture(scope="module")
+def rich_record(options, tmp_path_factory):
+    """A tokenizer measured alone, with every metric that needs no other weights."""
+    metrics = ("fd", "kd", "precision_recall", "density_coverage", "memorisation", "psnr", "ssim", "codebook")
+    folder = str(tmp_path_factory.mktemp("rich"))
+    rich = with_evaluation(options, metrics=metrics, path=folder, num_pairwise_images=50)
+    return evaluate(dataclasses.replace(rich, checkpoint=None)), rich
+
+
+def test_a_tokenizer_is_measured_alone(rich_record, options):
+    record, _ = rich_record
+    content = record.content
+    assert content["subject"] == "tokenizer" and content["checkpoint"] == options.tokenizer.path
+    assert content["checkpoint_hash"] == content["tokenizer_fingerprint"]
+    distances = {"fd_holdout", "rfd", "kd_holdout", "rkd"}
+    real = {"precision_holdout", "recall_holdout", "density_holdout", "coverage_holdout"}
+    others = {"nearest_training_distance_holdout", "psnr", "ssim", "codebook_usage", "codebook_perplexity"}
+    assert set(record.metrics) == distances | real | others
+    assert set(record.grids) == {"real", "reconstructions", "side_by_side"}
+    assert "sampling" not in content["wall_seconds"]
+
+
+def test_a_tokenizers_record_is_verified_and_found_again(rich_record, options):
+    record, rich = rich_record
+    assert evaluate(dataclasses.replace(rich, checkpoint=None)) == record
+    assert verify_record(record.path, with_evaluation(rich, num_feature_actors=2, item_size=8)) == []
+
+
+def test_statistics_of_a_file_serve_in_place_of_the_training_images(record, options, tmp_path):
+    deciding = ReferenceOptions(source=options.source, images=options.images, evaluation=options.evaluation)
+    made = make_references(deciding, str(tmp_path / "statistics.npz"))
+    assert made["references"]["efficientnet-lite0/features"] == record.content["reference"]
+    against = with_evaluation(options, reference_path=str(tmp_path / "statistics.npz"), path=str(tmp_path))
+    found = evaluate(against)
+    assert found.id != record.id and found.content["reference"]["n"] == 60
+    for name in ("fd_holdout", "rfd", "gfd"):
+        assert found.metrics[name]["value"] == pytest.approx(record.metrics[name]["value"], rel=1e-6)
+    with pytest.raises(ConfigError, match="evaluation.reference_path is given, but kd needs the features"):
+        prepare(with_evaluation(against, metrics=("fd", "kd")))
+
+
 def test_a_record_of_other_images_does_not_verify_and_says_why(record, options):
     other = dataclasses.replace(options, source=dataclasses.replace(options.source, seed=9))
     problems = verify_record(record.path, other)
-    assert [problem.split(":")[0] for problem in problems] == ["holdout_key", "reference_key"]
+    assert [problem.split(":")[0] for problem in problems] == ["holdout_key", "reference_keys"]
 
 
 def test_seed_and_sampling_make_another_record_actors_and_grids_do_not(record, options):
-    same = with_evaluation(options, num_feature_actors=3, num_grid_images=4)
+    same = with_evaluation(options, num_feature_actors=3, num_grid_images=4, item_size=8)
     assert prepare(same).identity == record.content["identity"]
     for other in (
         dataclasses.replace(options, seed=6),
@@ -136,6 +181,7 @@ def test_seed_and_sampling_make_another_record_actors_and_grids_do_not(record, o
         with_evaluation(options, num_samples=32),
         with_evaluation(options, extractor_resolution=64),
         with_evaluation(options, num_reference_images=30),
+        with_evaluation(options, metrics=("fd", "psnr")),
     ):
         assert prepare(other).identity != record.content["identity"]
 
@@ -159,6 +205,10 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
         evaluate(with_evaluation(options, num_samples=7))
     with pytest.raises(ConfigError, match="evaluation.extractor is inception"):
         evaluate(with_evaluation(options, extractor="inception"))
+    with pytest.raises(ConfigError, match="evaluation.metrics names fdi, but it must name some of: fd, fid"):
+        evaluate(with_evaluation(options, metrics=("fdi",)))
+    with pytest.raises(ConfigError, match="inception-v3 needs weights-inception-2015-12-05-6726825d.pth in it. Put http"):
+        evaluate(with_evaluation(options, metrics=("fid",), weights_path=str(tmp_path)))
     with pytest.raises(ArtefactError, match="no committed checkpoint"):
         evaluate(dataclasses.replace(options, run=RunOptions(path=str(tmp_path / "none"))))
     with pytest.raises(ArtefactError, match="no such file"):
@@ -166,7 +216,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
 
 
 def test_fewer_held_out_images_than_samples_are_warned_of(options, caplog):
-    with caplog.at_level(logging.WARNING, logger="evaluation.evaluate"):
+    with caplog.at_level(logging.WARNING, logger="evaluation.prepare"):
         preparation = prepare(with_evaluation(options, num_samples=64))
     assert len(preparation.assignment.holdout_uris) == 48
     assert "there are 48 held-out images" in caplog.text
@@ -180,7 +230,7 @@ def test_what_the_cluster_has_no_room_for_is_said_and_leaves_no_record(options, 
     crowded = with_evaluation(
         options, path=str(tmp_path), num_feature_actors=3, cpus_per_actor=1.0, start_timeout_seconds=1.0
     )
-    with pytest.raises(TesseraError, match="needs 4 times 1 CPU, but the cluster has 2 CPU, of which 2 CPU free"):
+    with pytest.raises(TesseraError, match="needs 4 times 1 CPU, but the cluster has 2 CPU, of which .* CPU free"):
         evaluate(crowded)
     unknown = with_evaluation(options, path=str(tmp_path), actor_resource="evaluation", start_timeout_seconds=1.0)
     with pytest.raises(TesseraError, match="0 evaluation"):

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.feature_actor import FeatureActor, psnr, read_view
+from evaluation.feature_actor import FeatureActor, read_view
+from evaluation.metrics import plan_metrics
+from evaluation.pixel_metrics import psnr, ssim
 from pipeline.sources import open_source
 from stages.errors import TesseraError
 from stages.first_stage.artefact import save_tokenizer
@@ -10,6 +12,9 @@ from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions
 
 IMAGES = ImageOptions(size=16)
+OPTIONS = EvaluationOptions(extractor_resolution=32)
+PLAN = plan_metrics(OPTIONS)
+(KEY,) = PLAN.features()
 
 
 class FaultySource:
@@ -46,7 +51,7 @@ def actor(tmp_path_factory) -> FeatureActor:
     )
     folder = str(tmp_path_factory.mktemp("tokenizer"))
     save_tokenizer(Tokenizer(config), folder)
-    return FeatureActor(FaultySource(), IMAGES, EvaluationOptions(extractor_resolution=32), folder)
+    return FeatureActor(FaultySource(), IMAGES, OPTIONS, PLAN, folder)
 
 
 def test_held_out_images_come_with_reconstructions_codes_and_labels(actor):
@@ -55,31 +60,26 @@ def test_held_out_images_come_with_reconstructions_codes_and_labels(actor):
     images, codes, usable_labels = actor.of_holdout([uris[0], "gone", *uris[2:]], labels, tiles=[1, 2])
     assert images.is_usable.tolist() == [True, False, True, True]
     assert usable_labels.tolist() == [3, 4, 1]
-    assert codes.shape == (3, 16) and images.features.shape == (3, 1280) and images.psnr.shape == (3,)
+    assert codes.shape == (3, 16) and images.features[KEY].shape == (3, 1280)
     assert list(images.tiles) == [2]
     real, reconstruction = images.tiles[2]
     np.testing.assert_array_equal(real, read_view(actor.source, uris[2], IMAGES))
-    assert psnr(real[None], reconstruction[None])[0] == pytest.approx(images.psnr[1])
-    np.testing.assert_array_equal(actor.of_images(np.stack([real]), [0])[0], actor.of_reference([uris[2]])[0])
+    assert psnr(real[None], reconstruction[None])[0] == pytest.approx(images.pixels["psnr"][1])
+    assert ssim(real[None], reconstruction[None])[0] == pytest.approx(images.pixels["ssim"][1])
+    sample, tiles = actor.of_images(np.stack([real]), [0])
+    np.testing.assert_array_equal(sample[KEY], actor.of_reference([uris[2]], [KEY])[0][KEY])
+    np.testing.assert_array_equal(tiles[0], real)
+    assert np.abs(actor.of_damaged([uris[2]], [KEY])[KEY] - sample[KEY]).max() > 0.1
 
 
 def test_an_item_without_a_usable_image_is_empty(actor):
     images, codes, labels = actor.of_holdout(["gone"], np.array([0]), tiles=[0])
-    assert (len(images.features), len(images.psnr), codes.shape, len(labels)) == (0, 0, (0, 16), 0)
-    features, num_unusable = actor.of_reference(["gone", actor.source.uris[0]])
-    assert (len(features), num_unusable) == (1, 1)
+    assert (len(images.features[KEY]), len(images.pixels["psnr"]), codes.shape, len(labels)) == (0, 0, (0, 16), 0)
+    features, is_usable = actor.of_reference(["gone", actor.source.uris[0]], [KEY])
+    assert len(features[KEY]) == 1 and is_usable.tolist() == [False, True]
 
 
 def test_a_storage_fault_is_no_bad_image(actor, monkeypatch):
     monkeypatch.setattr("pipeline.shard_tasks.READ_RETRY_SECONDS", 0.0)
     with pytest.raises(TesseraError, match="denied is listed, but it cannot be read"):
-        actor.of_reference(["denied"])
-
-
-def test_psnr_of_known_errors():
-    black = np.zeros((2, 8, 8, 3), np.uint8)
-    other = black.copy()
-    other[1] += 255
-    assert psnr(black, black).tolist() == pytest.approx([100.0, 100.0])
-    assert psnr(black, other).tolist() == pytest.approx([100.0, 0.0])
-    assert psnr(black, black + 16)[0] == pytest.approx(20 * np.log10(255 / 16))
+        actor.of_reference(["denied"], [KEY])

@@ -2,13 +2,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from evaluation.frechet import frechet_distance
+from evaluation.frechet import Reference, frechet_distance
 from evaluation.reference import (
     choose_images,
     images_identity,
     load_reference,
+    read_statistics,
     reference_key,
     reference_path,
+    statistics_npz,
     store_reference,
 )
 from evaluation.statistics import GaussianStatistics
@@ -37,9 +39,9 @@ def test_a_stored_reference_measures_the_same(tmp_path, statistics):
     assert load_reference(str(tmp_path), "k" * 64) is None
     stored = store_reference(str(tmp_path), "k" * 64, statistics, num_unusable=3)
     loaded = load_reference(str(tmp_path), "k" * 64)
-    assert (loaded.sha256, loaded.num_unusable, loaded.reference.statistics.n) == (stored.sha256, 3, 50)
+    assert (loaded.sha256, loaded.num_unusable, loaded.reference.gaussian.n) == (stored.sha256, 3, 50)
     other = GaussianStatistics.of(np.random.default_rng(1).normal(size=(40, 8)))
-    assert frechet_distance(other, loaded.reference) == frechet_distance(other, stored.reference) > 0
+    assert frechet_distance(other, loaded.reference.gaussian) == frechet_distance(other, stored.reference.gaussian) > 0
 
 
 def test_the_first_reference_of_a_key_stays(tmp_path, statistics):
@@ -79,16 +81,81 @@ def test_a_choice_from_a_listing_sorted_by_class_has_every_class():
     assert choose_images(listing(10), 10).num_rows == choose_images(listing(10), None).num_rows == 10
 
 
-def test_the_key_binds_images_preprocessing_and_extractor():
+def test_the_key_binds_images_preprocessing_extractor_output_and_kept_features():
     source, images = SourceOptions(), ImageOptions(size=32)
+
+    def key(rows: pa.Table, source=source, images=images, extractor="x", output="features", num_kept=0) -> str:
+        return reference_key(images_identity(source, images, rows), extractor, output, num_kept)
+
     keys = [
-        reference_key(images_identity(source, images, listing(10)), "x"),
-        reference_key(images_identity(source, images, listing(10)), "y"),
-        reference_key(images_identity(source, images, listing(11)), "x"),
-        reference_key(images_identity(source, images, listing(10, prefix="b")), "x"),
-        reference_key(images_identity(source, images, listing(10, num_bytes=8)), "x"),
-        reference_key(images_identity(source, ImageOptions(size=64), listing(10)), "x"),
-        reference_key(images_identity(SourceOptions(seed=1), images, listing(10)), "x"),
+        key(listing(10)),
+        key(listing(10), extractor="y"),
+        key(listing(10), output="spatial"),
+        key(listing(10), num_kept=100),
+        key(listing(11)),
+        key(listing(10, prefix="b")),
+        key(listing(10, num_bytes=8)),
+        key(listing(10), images=ImageOptions(size=64)),
+        key(listing(10), source=SourceOptions(seed=1)),
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == reference_key(images_identity(source, images, listing(10)), "x")
+    assert keys[0] == key(listing(10))
+
+
+class Extractor8:
+    name, fingerprint, outputs = "eight@32", "f" * 64, {"features": 8, "spatial": 6}
+
+
+def test_files_of_pytorch_fid_and_adm_are_read(tmp_path, statistics):
+    spatial = GaussianStatistics.of(np.random.default_rng(3).normal(size=(50, 6)))
+    arrays = {"mu": statistics.mean, "sigma": statistics.covariance}
+    np.savez(tmp_path / "fid.npz", **arrays)
+    np.savez(tmp_path / "adm.npz", **arrays, mu_s=spatial.mean, sigma_s=spatial.covariance, arr_0=np.zeros((2, 4, 4, 3)))
+    other = GaussianStatistics.of(np.random.default_rng(1).normal(size=(40, 8)))
+    expected = frechet_distance(other, Reference.of(statistics))
+    found = [read_statistics(str(tmp_path / name), "features", Extractor8()) for name in ("fid.npz", "adm.npz")]
+    for stored in found:
+        assert frechet_distance(other, stored.reference.gaussian) == pytest.approx(expected, rel=1e-9)
+        assert stored.to_dict()["n"] is None
+    assert found[0].key != found[1].key
+    assert read_statistics(str(tmp_path / "adm.npz"), "spatial", Extractor8()).reference.gaussian.mean.shape == (6,)
+    with pytest.raises(ArtefactError, match="fid.npz, which has no mu_s and sigma_s"):
+        read_statistics(str(tmp_path / "fid.npz"), "spatial", Extractor8())
+
+
+def test_statistics_written_for_others_read_back_and_know_their_extractor(tmp_path, statistics):
+    spatial = GaussianStatistics.of(np.random.default_rng(3).normal(size=(50, 6)))
+    stored = {
+        name: store_reference(str(tmp_path), name * 8, each, num_unusable=0)
+        for name, each in (("features", statistics), ("spatial", spatial))
+    }
+    for name, fingerprint in (("ours.npz", Extractor8.fingerprint), ("theirs.npz", "0" * 64)):
+        (tmp_path / name).write_bytes(statistics_npz(stored, {"extractor_fingerprint": fingerprint}))
+    with np.load(tmp_path / "ours.npz") as file:
+        np.testing.assert_allclose(file["sigma"], statistics.covariance, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(file["mu_s"], spatial.mean)
+    read = read_statistics(str(tmp_path / "ours.npz"), "features", Extractor8())
+    assert read.to_dict()["n"] == 50
+    with pytest.raises(ArtefactError, match="theirs.npz, made with the extractor of fingerprint 0{64}"):
+        read_statistics(str(tmp_path / "theirs.npz"), "features", Extractor8())
+
+
+def test_files_that_cannot_serve_are_refused(tmp_path, statistics):
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "damaged.npz").write_bytes(b"PK no zip")
+    for name, message in (
+        ("none.npz", "no such file"),
+        ("damaged.npz", "cannot be read"),
+        ("narrow.npz", r"a mean of shape \(3,\), but the metrics need mu \(8,\)"),
+    ):
+        with pytest.raises(ArtefactError, match=f"evaluation.reference_path is .*{name}.*{message}"):
+            read_statistics(str(tmp_path / name), "features", Extractor8())
+
+
+def test_features_that_are_kept_come_back_and_are_part_of_the_hash(tmp_path, statistics):
+    features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    stored = store_reference(str(tmp_path), "k" * 64, statistics, 0, features, {"real": 1.0, "damaged": 9.0})
+    loaded = load_reference(str(tmp_path), "k" * 64)
+    np.testing.assert_array_equal(loaded.reference.features, features)
+    assert loaded.to_dict() == stored.to_dict() and loaded.self_test == {"real": 1.0, "damaged": 9.0}
+    assert store_reference(str(tmp_path), "l" * 64, statistics, 0).sha256 != stored.sha256

@@ -1,0 +1,119 @@
+"""Metrics of nearest neighbours among features: precision and recall, density and coverage, and memorisation."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.estimates import Estimate, jackknife, mean_estimate
+from evaluation.set_metric import FeatureMetric
+
+CHUNK_ROWS = 1024
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+COPY_QUANTILE = 0.01
+
+
+def distances(x_ND: Tensor, y_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Squared Euclidean distances (c, m) of CHUNK_ROWS rows of x at a time to all of y, with the slice of x."""
+    y_norms = y_MD.square().sum(1)
+    for start in range(0, len(x_ND), CHUNK_ROWS):
+        part = slice(start, min(start + CHUNK_ROWS, len(x_ND)))
+        x = x_ND[part]
+        yield part, (x.square().sum(1)[:, None] + y_norms - 2.0 * x @ y_MD.T).clamp_min(0.0)
+
+
+def radii(x_ND: Tensor, k: int, left_out: list[Tensor]) -> Tensor:
+    """Squared distance of each x to its k-th nearest other x, float64 (1 + K, n): among all, and then without those of
+    each mask of `left_out` (bool (n,))."""
+    found = torch.empty(1 + len(left_out), len(x_ND), dtype=torch.float64)
+    for part, d in distances(x_ND, x_ND):
+        own = torch.arange(part.start, part.stop)
+        d[own - part.start, own] = torch.inf
+        found[0, part] = d.kthvalue(k, dim=1).values
+        for i, mask in enumerate(left_out, start=1):
+            found[i, part] = d.masked_fill(mask, torch.inf).kthvalue(k, dim=1).values
+    return found
+
+
+class _NeighbourMetric(FeatureMetric):
+    is_pairwise = True
+    higher_is_better = True
+
+    def left_out(self, blocks_N: Tensor) -> list[Tensor]:
+        """Of each block a mask of its rows; none without error bars."""
+        return [blocks_N == block for block in range(self.num_blocks)] if self.num_blocks > 1 else []
+
+
+class PrecisionRecall(_NeighbourMetric):
+    """Improved precision and recall with k = 3 (Kynkäänniemi et al. 2019).
+
+    precision: share of the images inside the reference's manifold, the union of balls around its features that reach to
+    their k-th neighbour. recall: share of the reference inside the manifold of the images.
+    """
+
+    def estimates(self) -> dict[str, Estimate]:
+        x, blocks = self.kept()
+        y = self.reference_features()
+        y_radii = radii(y, PRECISION_NEIGHBOURS, [])[0]
+        left_out = self.left_out(blocks)
+        x_radii = radii(x, PRECISION_NEIGHBOURS, left_out)
+        for row, mask in zip(x_radii[1:], left_out, strict=True):
+            row[mask] = -1.0  # no ball at all
+        inside = torch.cat([(d <= y_radii).any(1) for _, d in distances(x, y)])
+        covered = torch.stack(
+            [torch.cat([(d <= row).any(1) for _, d in distances(y, x)]).double().mean() for row in x_radii]
+        ).tolist()
+        return {
+            "precision": mean_estimate(inside.numpy()),
+            "recall": jackknife(covered[0], covered[1:], len(x)),
+        }
+
+
+class DensityCoverage(_NeighbourMetric):
+    """Density and coverage with k = 5 (Naeem et al. 2020), which single outliers cannot inflate.
+
+    density: how many of the reference's balls an image lies in, as a multiple of k; 1 is what real images have.
+    coverage: share of the reference's balls with an image in them.
+    """
+
+    def estimates(self) -> dict[str, Estimate]:
+        x, blocks = self.kept()
+        y = self.reference_features()
+        y_radii = radii(y, DENSITY_NEIGHBOURS, [])[0]
+        depth, hits = [], torch.zeros(self.num_blocks, len(y), dtype=torch.bool)
+        for part, d in distances(x, y):
+            is_inside = d <= y_radii
+            depth.append(is_inside.double().sum(1) / DENSITY_NEIGHBOURS)
+            for block in range(self.num_blocks):
+                hits[block] |= is_inside[blocks[part] == block].any(0)
+        without = [hits[torch.arange(self.num_blocks) != block] for block in range(self.num_blocks)]
+        shares = [float(hit.any(0).double().mean()) for hit in without] if self.num_blocks > 1 else []
+        return {
+            "density": mean_estimate(torch.cat(depth).numpy()),
+            "coverage": jackknife(float(hits.any(0).double().mean()), shares, len(x)),
+        }
+
+
+class NearestTraining(FeatureMetric):
+    """Distance to the nearest of the reference's training images: what shows memorisation, which no distance between
+    sets can (Esser et al. 2020, appendix; Meehan et al. 2020)."""
+
+    is_pairwise = True
+    higher_is_better = None
+
+    def nearest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per image: Euclidean distance float64 (n,) to the nearest reference image, and which it is, int64 (n,)."""
+        rows, _ = self.kept()
+        found = [d.min(1) for _, d in distances(rows, self.reference_features())]
+        return torch.cat([f.values for f in found]).sqrt().numpy(), torch.cat([f.indices for f in found]).numpy()
+
+    def estimates(self) -> dict[str, Estimate]:
+        return {"": mean_estimate(self.nearest()[0])}
+
+
+def copied_share(samples: NearestTraining, holdout: NearestTraining) -> Estimate:
+    """Share of samples nearer to a training image than all but 1 % of the held-out images are: about 0.01 without
+    memorisation."""
+    limit = np.quantile(holdout.nearest()[0], COPY_QUANTILE)
+    return mean_estimate(samples.nearest()[0] < limit)

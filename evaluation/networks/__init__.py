@@ -1,0 +1,1 @@
+"""Networks behind extractors, as pure PyTorch with the parameter names of their published weights."""

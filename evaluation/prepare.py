@@ -1,0 +1,237 @@
+"""What one evaluation is: opened, checked and chosen before any actor starts, with the identity that names its record."""
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.checkpoints import Commit, resolve_checkpoint
+from evaluation.actor import Assignment
+from evaluation.extractors import Extractor, distance_name, open_extractor
+from evaluation.hashing import canonical_hash
+from evaluation.metrics import MetricPlan, plan_metrics
+from evaluation.pixel_metrics import PIXEL_METRICS
+from evaluation.reference import choose_images, images_identity
+from evaluation.reference_job import PreparedReferences, ReferenceOptions, prepare_references
+from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
+from pipeline.binding import check_preprocessing
+from pipeline.code_dataset import CodeDataset
+from pipeline.sources import Source, open_source
+from pipeline.tokenizers import open_tokenizer
+from stages.config import to_dict
+from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.tokenizer import Tokenizer
+from stages.options import (
+    CodesOptions,
+    EvaluationOptions,
+    ImageOptions,
+    RunOptions,
+    SamplingOptions,
+    SourceOptions,
+    TokenizerOptions,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
+ALL_SETS = (SAMPLES, RECONSTRUCTIONS, HOLDOUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The sections that `evaluate` takes.
+
+    Attributes:
+        checkpoint: a checkpoint's folder, or "latest" of `run.path`; None measures the tokenizer alone.
+        seed: seed of the draws; `sampling.seed` if not given.
+    """
+
+    run: RunOptions
+    source: SourceOptions
+    images: ImageOptions
+    tokenizer: TokenizerOptions
+    codes: CodesOptions
+    sampling: SamplingOptions
+    evaluation: EvaluationOptions
+    checkpoint: str | None = "latest"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Preparation:
+    """A checked evaluation: the work, the identity that names its record, and what the record says besides numbers."""
+
+    assignment: Assignment
+    identity: dict[str, Any]
+    description: dict[str, Any]
+
+
+def prepare(options: EvaluateOptions) -> Preparation:
+    """Opens, checks and chooses everything, before any actor starts. Raises what `evaluate` raises."""
+    evaluation, images = options.evaluation, options.images
+    if evaluation.num_samples < 2 * evaluation.num_blocks:
+        raise ConfigError(
+            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
+            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
+        )
+    commit = resolve_checkpoint(options.checkpoint, options.run.path) if options.checkpoint is not None else None
+    tokenizer = open_tokenizer(options.tokenizer.path)
+    source = open_source(options.source, images)
+    class_names = source.class_names
+    if commit is not None:
+        dataset = CodeDataset.open(options.codes.path, verify=False)
+        check_binding(options, commit, dataset, tokenizer, source)
+        class_names = dataset.class_names
+    else:
+        evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
+    plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
+    extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
+    sampling = dataclasses.replace(
+        options.sampling, seed=options.sampling.seed if options.seed is None else options.seed
+    )
+    holdout = _choose_holdout(source, evaluation.num_samples)
+    deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
+    references = prepare_references(deciding, source, plan, extractors)
+    assignment = Assignment(
+        checkpoint_path=commit.path if commit is not None else None,
+        tokenizer_path=options.tokenizer.path,
+        sampling=sampling,
+        images=images,
+        evaluation=evaluation,
+        source=source,
+        plan=plan,
+        widths={key: extractors[key[0]].outputs[key[1]] for key in plan.features()},
+        references=references.given,
+        reference_keys=references.keys,
+        reference_uris=references.uris,
+        holdout_uris=holdout["uri"].to_pylist(),
+        holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
+        codebook_size=tokenizer.codebook_size,
+        num_codes=math.prod(tokenizer.grid(images.size)),
+    )
+    subject = _describe_checkpoint(commit, sampling) if commit is not None else _describe_tokenizer(options, tokenizer)
+    return Preparation(
+        assignment=assignment,
+        identity={
+            **{name: value for name, value in subject.items() if name not in ("checkpoint", "step")},
+            **_identify_measurement(evaluation, plan, extractors, references),
+            "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
+        },
+        description={**subject, **_describe(options, plan, extractors), "class_names": list(class_names)},
+    )
+
+
+def _choose_holdout(source: Source, num_samples: int) -> pa.Table:
+    holdout = choose_images(source.list_images("holdout"), num_samples)
+    if holdout.num_rows < num_samples:
+        logger.warning(
+            "evaluation.num_samples is %d, but there are %d held-out images: the distances of held-out images and "
+            "reconstructions are measured on these. They do not compare with that of the samples, because a distance "
+            "falls as the number of images grows.",
+            num_samples,
+            holdout.num_rows,
+        )
+    return holdout
+
+
+def _identify_measurement(
+    evaluation: EvaluationOptions, plan: MetricPlan, extractors: dict[str, Extractor], references: PreparedReferences
+) -> dict[str, Any]:
+    """How it is measured, as it enters a record's identity."""
+    keys = {**{key: stored.key for key, stored in references.given.items()}, **references.keys}
+    networks = {name: getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None) for name in plan.pixels}
+    identity = {
+        "metrics": plan.names(),
+        "extractor_fingerprints": {name: extractor.fingerprint for name, extractor in extractors.items()},
+        "num_samples": evaluation.num_samples,
+        "num_blocks": evaluation.num_blocks,
+        "reference_keys": {"/".join(key): value for key, value in keys.items()},
+        **{f"{name}_fingerprint": fingerprint for name, fingerprint in networks.items() if fingerprint is not None},
+    }
+    if any(plan.is_pairwise(key) for key in plan.features()):
+        identity["num_pairwise_images"] = evaluation.num_pairwise_images
+    return identity
+
+
+def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str, Any]:
+    return {
+        "subject": CHECKPOINT,
+        "checkpoint": commit.path,
+        "checkpoint_hash": commit.hash,
+        "step": commit.step,
+        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
+        "code_dataset_root_hash": commit.root_hash,
+        "sampling": {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")},
+        "seed": sampling.seed,
+    }
+
+
+def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """As of a checkpoint, so that a history of both can be read in one way; the tokenizer's folder stands for it."""
+    return {
+        "subject": TOKENIZER,
+        "checkpoint": options.tokenizer.path,
+        "checkpoint_hash": tokenizer.fingerprint,
+        "step": 0,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "sampling": {},
+        "seed": 0,
+    }
+
+
+def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, Extractor]) -> dict[str, Any]:
+    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are of the first metric."""
+    deciding = (
+        "num_samples",
+        "num_reference_images",
+        "metrics",
+        "extractor",
+        "extractor_resolution",
+        "num_blocks",
+        "num_pairwise_images",
+    )
+    first = extractors[plan.features()[0][0]] if plan.sets else None
+    return {
+        "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
+        "distance": distance_name(first) if first else None,
+        "extractor": first.name if first else None,
+        "extractor_resize": first.resize if first else None,
+        "extractor_fingerprint": first.fingerprint if first else None,
+        "extractors": {
+            name: {"name": each.name, "resize": each.resize, "fingerprint": each.fingerprint}
+            for name, each in extractors.items()
+        },
+        "images": to_dict(options.images),
+        "source": to_dict(options.source),
+    }
+
+
+def check_binding(
+    options: EvaluateOptions, commit: Commit, dataset: CodeDataset, tokenizer: Tokenizer, source: Source
+) -> None:
+    """Refuses a checkpoint, code dataset, tokenizer and source that do not belong together.
+
+    Raises:
+        ArtefactError: naming both sides.
+        ConfigError: the images are prepared otherwise than the code dataset's.
+    """
+    if not commit.is_imported and dataset.root_hash != commit.root_hash:
+        raise ArtefactError(
+            f"codes.path is {options.codes.path} with root hash {dataset.root_hash}, but checkpoint {commit.path} was "
+            f"trained on the code dataset with root hash {commit.root_hash}. Name that dataset."
+        )
+    if tokenizer.fingerprint != commit.tokenizer_fingerprint:
+        raise ArtefactError(
+            f"tokenizer.path is {options.tokenizer.path} with fingerprint {tokenizer.fingerprint}, but checkpoint "
+            f"{commit.path} was trained on codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
+        )
+    check_preprocessing(options.images, dataset)
+    if source.class_names and dataset.class_names and tuple(source.class_names) != tuple(dataset.class_names):
+        raise ArtefactError(
+            f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "
+            f"{options.codes.path} has classes {', '.join(dataset.class_names)}. Use images of the same classes."
+        )

@@ -1,0 +1,128 @@
+"""Pretrained weights of extractors: files with a known name, source and hash, found in one folder or fetched into it."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline import storage
+from stages.errors import ArtefactError, ConfigError, TesseraError
+from stages.options import EvaluationOptions
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+# What the loaders raise on files that are cut off or of another kind.
+BROKEN = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)
+
+
+@dataclass(frozen=True)
+class PretrainedFile:
+    """A published file of weights.
+
+    Attributes:
+        name: of the file.
+        url: where its authors publish it.
+        sha256: its hash (hex), or as much of it as its authors publish; empty where they publish none.
+    """
+
+    name: str
+    url: str
+    sha256: str = ""
+
+
+def load_pretrained(file: PretrainedFile, extractor: str, options: EvaluationOptions) -> dict[str, Tensor]:
+    """The tensors of a pretrained file.
+
+    Raises:
+        ConfigError: it is not in `evaluation.weights_path`.
+        ArtefactError: it is another file, or damaged.
+        TesseraError: it cannot be downloaded.
+    """
+    path = _find(file, extractor, options)
+    local = storage.local_copy(path)
+    check_hash(local, file, path)
+    try:
+        return _tensors(local)
+    except BROKEN as error:
+        raise ArtefactError(
+            f"{path} cannot be read ({error}), but it must hold weights. Fetch it again from {file.url}."
+        ) from error
+
+
+def check_hash(local: str, file: PretrainedFile, path: str) -> str:
+    """sha-256 (hex) of a file; ArtefactError when it is not that of the published file."""
+    digest = hashlib.sha256()
+    with open(local, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if not found.startswith(file.sha256):
+        raise ArtefactError(
+            f"{path} has sha-256 {found}, but {file.name} has {file.sha256}. Fetch it again from {file.url}."
+        )
+    return found
+
+
+def weights_fingerprint(network: nn.Module, recipe: dict[str, Any]) -> str:
+    """sha-256 (hex) over a recipe and every tensor of a network: name, shape, little-endian float32 bytes."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    items: Iterable[tuple[str, Tensor]] = sorted(network.state_dict().items())
+    for name, tensor in items:
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}:{tuple(values.shape)}".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _find(file: PretrainedFile, extractor: str, options: EvaluationOptions) -> str:
+    path = storage.join(storage.absolute(options.weights_path), file.name)
+    if not storage.exists(path):
+        if not options.download_weights:
+            raise ConfigError(
+                f"evaluation.weights_path is {options.weights_path}, but {extractor} needs {file.name} in it. "
+                f"Put {file.url} there, or set evaluation.download_weights=true."
+            )
+        _download(file, path)
+    return path
+
+
+def _download(file: PretrainedFile, path: str) -> None:
+    logger.info("Downloading %s", file.url)
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "weights")
+        try:
+            urllib.request.urlretrieve(file.url, local)
+        except OSError as error:
+            raise TesseraError(
+                f"evaluation.download_weights is true, but {file.url} cannot be fetched ({error}). "
+                f"Put the file at {path} by hand."
+            ) from error
+        check_hash(local, file, file.url)
+        storage.put_file_if_absent(path, local)
+
+
+def _tensors(local: str) -> dict[str, Tensor]:
+    with open(local, "rb") as stream:
+        is_safetensors = stream.read(9)[8:] == b"{"
+    if is_safetensors:
+        return load_file(local)
+    try:
+        found = torch.load(local, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise
+        # CLIP's files are TorchScript archives; no code of theirs runs when only the tensors are taken.
+        found = torch.jit.load(local, map_location="cpu").state_dict()
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -53,6 +53,18 @@ def test_discriminator_learns_before_its_term_is_switched_on():
     assert not torch.equal(before, trainer.discriminator.main[0].weight)
 
 
+def test_a_step_runs_the_tokenizer_once():
+    """The original runs it once per optimizer, and shows the discriminator reconstructions of weights that moved on."""
+    trainer, outputs, shown = build(kmeans_start=False), [], []
+    trainer.tokenizer.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].detach()))
+    loss = trainer.adversary.loss
+    trainer.adversary.loss = lambda images, reconstructions, step: shown.append(reconstructions) or loss(
+        images, reconstructions, step
+    )
+    trainer.step(images(0), 0)
+    assert len(outputs) == len(shown) == 1 and torch.equal(outputs[0], shown[0])
+
+
 def test_generator_pass_leaves_no_gradient_on_the_discriminator():
     trainer = build()
     trainer._discriminator_step = lambda *args: {}

@@ -82,10 +82,10 @@ def test_unconditional_ignores_labels():
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("conditioning", ["class", "none"])
 GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
 
 
+@pytest.mark.parametrize("conditioning", ["class", "none"])
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}, GPT_2, {"bias": True}, {"norm": "layer"}])
 def test_parameters_are_counted_without_building(conditioning, changes):
     model = build(conditioning, **changes)

@@ -3,7 +3,7 @@
     mkdir photographs && cd photographs
     apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
     for package in *.deb; do dpkg-deb -x "$package" .; done
-    python benchmarks/codebook_health.py photographs [--num-steps 1000] [--rows recipe,original]
+    python benchmarks/codebook_health.py photographs [--num-steps 400] [--rows recipe,original]
 
 Random crops of 36 photographs follow from a seed. Usage, perplexity and entropy are those of the codes of fresh crops by the
 tokenizer as it is stored: averaged weights, baked codebook.
@@ -36,15 +36,20 @@ logger = logging.getLogger("codebook_health")
 CODEBOOK_SIZE = 16_384
 NUM_DECODED = 1024
 IMAGES = ImageOptions(size=32)
-NETWORK: dict[str, Any] = dict(base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32)
-TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=2000, l1_weight=1.0)
+NETWORK: dict[str, Any] = dict(
+    base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=32
+)
+TRAINING: dict[str, Any] = dict(learning_rate=1e-3, warmup_samples=500, l1_weight=1.0)
 # What the original does: no start on data, no revival, its weights of the two losses.
 ORIGINAL: dict[str, Any] = dict(kmeans_start=False, revive_every_steps=0, loss_preset="compvis-legacy")
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe": (dict(quantizer="vq-l2", codebook_dim=8), dict(revive_every_steps=40)),
     "original": (dict(quantizer="vq", codebook_dim=256), ORIGINAL),
     "original, mended": (dict(quantizer="vq", codebook_dim=256), dict(revive_every_steps=40)),
-    "recipe, no start or revival": (dict(quantizer="vq-l2", codebook_dim=8), dict(kmeans_start=False, revive_every_steps=0)),
+    "recipe, no start or revival": (
+        dict(quantizer="vq-l2", codebook_dim=8),
+        dict(kmeans_start=False, revive_every_steps=0),
+    ),
     "vq-ema": (dict(quantizer="vq-ema", codebook_dim=8), dict(revive_every_steps=40)),
     "simvq": (dict(quantizer="simvq", codebook_dim=8), {}),
     "lfq": (dict(quantizer="lfq"), {}),
@@ -101,7 +106,9 @@ def train(row: str, photographs: list[Tensor], num_steps: int, batch_size: int, 
             num_revived += trainer.revive_dead_codes()
         if (step + 1) % 50 == 0:
             values = "  ".join(f"{name} {value.item():.4f}" for name, value in metrics.items())
-            logger.info("%s  step %d  revived %d  %s  %.0f s", row, step + 1, num_revived, values, time.monotonic() - started)
+            logger.info(
+                "%s  step %d  revived %d  %s  %.0f s", row, step + 1, num_revived, values, time.monotonic() - started
+            )
     tokenizer = trainer.averaged_tokenizer().baked()
     usage, perplexity, entropy, quality = measure(tokenizer, crops(photographs, num_test_crops, seed=num_steps))
     return [
@@ -132,9 +139,9 @@ def measure(tokenizer: Tokenizer, pixels_NHWC: Tensor) -> tuple[float, float, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", help="folder of the unpacked packages")
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-test-crops", type=int, default=4096)
+    parser.add_argument("--num-test-crops", type=int, default=2048)
     parser.add_argument("--rows", default="recipe,original", help=f"of: {'; '.join(ROWS)}")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoints
+from cluster.staging import Staging, memory_has_room, remove_abandoned
 from pipeline import storage
 from stages.errors import StorageError
 
@@ -26,13 +25,14 @@ Entries = list[dict[str, Any]]
 class Checkpointer:
     """One rank's part of saving a run. Every rank must make the same calls in the same order.
 
-    `start` takes the state; only then training waits. Files are hashed, and synced or uploaded, by a thread. `finish` commits
-    when every rank is through: to be called once all `has_published`, or at any time to wait for it.
+    `start` takes the state, into memory where it has room; only then training waits. A thread writes or uploads and hashes the
+    files. `finish` commits when every rank is through: to be called once all `has_published`, or at any time to wait for it.
 
     Args:
         run_path: of the run.
         attempt: unique to this group of processes.
-        save: writes this rank's part of the state into a local folder; where the run is local, all ranks get the same.
+        save: writes this rank's part of the state into a local folder, which may be the same for all ranks.
+        saved_bytes: that `save` writes at most.
         device: for collectives.
         keep_alive: called while `finish` waits for a slow store, as long as all ranks live.
     """
@@ -43,16 +43,18 @@ class Checkpointer:
         attempt: str,
         save: Callable[[str], None],
         *,
+        saved_bytes: int,
         device: torch.device,
         keep_alive: Callable[[], None],
     ):
         self.run_path, self.attempt, self.device, self.keep_alive = run_path, attempt, device, keep_alive
-        self._save = save
+        self._save, self._saved_bytes = save, saved_bytes
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-publisher")
         self._published: Future[Entries] | None = None
         self._path = ""
         self._describe: Callable[[Entries], dict[str, Any]] = lambda files: {}
+        remove_abandoned()
 
     @property
     def is_pending(self) -> bool:
@@ -77,30 +79,39 @@ class Checkpointer:
         assert self._published is None, "a checkpoint is pending"
         self._path = checkpoints.checkpoint_path(self.run_path, step, self.attempt)
         self._describe = describe
-        is_local = storage.is_local(self._path)
+        in_memory = self._fits_in_memory()
         with _storage_errors(self.run_path):
-            folder = self._path if is_local else tempfile.mkdtemp(prefix="tessera-save-")
+            staging = Staging(in_memory) if in_memory or not storage.is_local(self._path) else None
+            folder = self._path if staging is None else staging.path
             os.makedirs(folder, exist_ok=True)
             self._save(folder)
         dist.barrier()
-        self._published = self._publisher.submit(self._publish, folder, self._path, is_local)
+        self._published = self._publisher.submit(self._publish, self._path, staging)
 
-    def _publish(self, folder: str, path: str, is_local: bool) -> Entries:
-        """Syncs (local) or uploads (remote) this rank's share of the files and returns their entries."""
+    def _fits_in_memory(self) -> bool:
+        """Whether every rank's files do; all ranks get the same answer."""
+        num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        fits = torch.tensor(float(memory_has_room(num_ranks_here * self._saved_bytes)), device=self.device)
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        return bool(fits.item())
+
+    def _publish(self, path: str, staging: Staging | None) -> Entries:
+        """Syncs (already in place) or moves this rank's share of the files and returns their entries."""
+        folder = path if staging is None else staging.path
         names = sorted(
             os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
         )
-        if is_local:
+        if staging is None:
             names = names[self.rank :: self.world_size]  # the folder is shared, so ranks split the hashing
         with _storage_errors(self.run_path):
             for name in names:
-                if is_local:
+                if staging is None:
                     checkpoints.sync_file(os.path.join(folder, name))
                 else:
                     storage.put_file_if_absent(storage.join(path, name), os.path.join(folder, name))
             entries = [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
-            if not is_local:
-                shutil.rmtree(folder)
+        if staging is not None:
+            staging.close()
         return entries
 
     def finish(self) -> checkpoints.Commit | None:

@@ -30,3 +30,10 @@ def save_engine(engine: Any, folder: str, *, saves_average: bool) -> None:
         save_file(weights, os.path.join(folder, WEIGHTS))
     if averages:
         save_file(averages, os.path.join(folder, AVERAGES))
+
+
+def saved_bytes(engine: Any, *, saves_average: bool) -> int:
+    """Bytes that `save_engine` writes on one rank, at most: fp32 weights and state that it owns, and whole weights twice."""
+    num_owned = sum(owned.size for owned in owned_slices(engine))
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    return 4 * ((3 + saves_average) * num_owned + (2 + saves_average) * num_parameters)

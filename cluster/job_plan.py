@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.estimates import GPUS, USABLE_MEMORY, rank_memory, row_flop, steps_per_second
-from cluster.tokenizer_options import check_networks
+from cluster.tokenizer_options import check_networks, num_steps
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
 from pipeline.loader import num_micro_batches
@@ -13,7 +13,7 @@ from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.tokenizer import tokenizer_config
-from stages.options import Config, DeepSpeedOptions, ScalingOptions, TrainOptions
+from stages.options import Config, DeepSpeedOptions, ScalingOptions, TokenizerTrainOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
 MAX_CODE_BITS = 16
@@ -122,6 +122,7 @@ def derive(
     steps_per_epoch = math.ceil(num_images / train.global_batch_size)
     memory = {size: _memory(config, transformer, size, gpu) for size in world_sizes}
     groups = {
+        "tokenizer training": _tokenizer_training(config.tokenizer_train, num_images),
         "code dataset": _code_dataset(config, num_images, transformer),
         "transformer": {
             "parameters": num_parameters(transformer),
@@ -170,6 +171,21 @@ def _by_size(world_sizes: list[int], value: Callable[[int], Any]) -> Any:
     """The value at the one world size, or the list of those at the smallest and the largest."""
     values = [value(size) for size in world_sizes]
     return values[0] if len(values) == 1 else values
+
+
+def _tokenizer_training(train: TokenizerTrainOptions, num_images: int) -> dict[str, Any]:
+    steps = num_steps(train)
+    numbers: dict[str, Any] = {
+        "steps": steps,
+        "epochs": steps * train.global_batch_size / num_images,
+        "commits": math.ceil(steps / train.checkpoint_every_steps),
+    }
+    if train.discriminator_weight:
+        start, warm = train.discriminator_start_samples, train.discriminator_warm_samples
+        first = 0 if warm is None else max(0, start - warm)
+        numbers["discriminator learns from step"] = math.ceil(first / train.global_batch_size)
+        numbers["discriminator counts from step"] = math.ceil(start / train.global_batch_size)
+    return numbers
 
 
 def _code_dataset(config: Config, num_images: int, transformer: TransformerConfig) -> dict[str, Any]:

@@ -100,7 +100,14 @@ def _run(
         stage,
         plan,
         History(run_path, train.skip_batches, facts),
-        Checkpointer(run_path, attempt, stage.save, device=stage.device, keep_alive=watchdog.feed),
+        Checkpointer(
+            run_path,
+            attempt,
+            stage.save,
+            saved_bytes=stage.saved_bytes,
+            device=stage.device,
+            keep_alive=watchdog.feed,
+        ),
         metrics,
         should_leave=should_leave,
         watchdog=watchdog,
@@ -146,9 +153,12 @@ class TokenizerStage:
     def _data_parallel(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        # What buffers there are is computed from all ranks' data, the same everywhere.
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            forward_sync_buffers=False,  # they are computed from all ranks' data, the same everywhere
+            find_unused_parameters=True,  # else buckets change after the first step, and with them sums after a resume
+        )
 
     def _all_reduce_mean(self, tensor: Tensor) -> None:
         if self.world_size > 1:
@@ -199,6 +209,13 @@ class TokenizerStage:
         self, loaded: LoadedImages, loss_sum: float, digests: list[int], numbers: dict[str, float]
     ) -> dict[str, Any]:
         return run_log.step_record(loaded.step, loaded.batch, loss_sum / self.world_size, digests, **numbers)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that `save` writes, at most: weights, two moments of each, their average, and that as the result."""
+        optimizers = [self.trainer.tokenizer_optimizer, self.trainer.discriminator_optimizer]
+        groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
+        return 5 * 4 * sum(p.numel() for group in groups for p in group["params"])
 
     def save(self, folder: str) -> None:
         """Rank 0 writes everything, for it is the same on every rank once code counts are pooled."""

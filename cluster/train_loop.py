@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cluster import checkpoints, run_log
 from cluster.checkpointer import Checkpointer
 from cluster.deepspeed_engine import build_engine, learning_rate, set_learning_rate
-from cluster.engine_state import save_engine
+from cluster.engine_state import save_engine, saved_bytes
 from cluster.estimates import row_flop
 from cluster.history import History
 from cluster.peak_flops import gpu_peak_flops, measured_peak_flops
@@ -61,6 +61,7 @@ def _run(
         options.run.path,
         attempt,
         functools.partial(save_engine, stage.engine, saves_average=averages),
+        saved_bytes=saved_bytes(stage.engine, saves_average=averages),
         device=stage.device,
         keep_alive=watchdog.feed,
     )

@@ -14,6 +14,7 @@ from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 from stages.project_config import Target
 
 PUBLISHED_RESOLUTION = 256
+GUMBEL = "quantize.proj.weight"  # only CompVis' `GumbelVQ` has it
 # Parameters of a project's autoencoder, by where they stand there and what they are here.
 DESCRIBED = {
     "ddconfig.ch": "base_channels",
@@ -70,7 +71,8 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
     attended = tuple(
         resolution >> i for i in range(num_levels) if rename(f"encoder.down.{i}.attn.0.q.weight") in tensors
     )
-    codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
+    is_gumbel = GUMBEL in tensors
+    codebook_size, codebook_dim = shape("quantize.embed.weight" if is_gumbel else "quantize.embedding.weight", 2)
     return TokenizerConfig(
         resolution=resolution,
         in_channels=in_channels,
@@ -81,6 +83,7 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
         num_res_blocks=num_blocks,
         attention_resolutions=tuple(marker.get("attention_resolutions", attended)),
         z_channels=shape("decoder.conv_in.weight", 4)[1],
+        quantizer="gumbel" if is_gumbel else "vq",
         middle_attention=rename("encoder.mid.attn_1.q.weight") in tensors,
     )
 

@@ -32,6 +32,7 @@ FILES = {"compvis": "tokenizer.ckpt", "llamagen": "tokenizer.pt", "diffusers": D
 DIFFUSERS_CONFIG = "config.json"
 # What shapes do not show and this project builds in one way only.
 DIFFUSERS_FIXED = {"norm_num_groups": NUM_GROUPS, "norm_type": "group", "act_fn": "silu"}
+QUANTIZERS_OF = {"compvis": ("vq", "gumbel"), "llamagen": ("vq",), "diffusers": ("vq",)}
 # A transformer's checkpoint contains its tokenizers; what else it and latent-diffusion's models hold is no part of them.
 OTHER_PARTS = {
     r"(transformer|permuter)\.": "the transformer",
@@ -108,7 +109,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, none for this quantizer, or the folder holds such files already.
+        ConfigError: no such format, a quantizer that it has not, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -116,12 +117,13 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
     for target in [path] + [os.path.join(folder, DIFFUSERS_CONFIG)] * (format == "diffusers"):
         if os.path.exists(target):
             raise ConfigError(f"output is {folder}, but {target} is there already. Choose another folder.")
-    os.makedirs(folder, exist_ok=True)
     baked = tokenizer.baked()
-    if baked.config.quantizer != "vq":
+    if baked.config.quantizer not in QUANTIZERS_OF[format]:
         raise ConfigError(
-            f"tokenizer.quantizer is {baked.config.quantizer}, but these formats only know nearest entries (vq). Keep the artefact itself."
+            f"--format is {format}, but it has no quantizer {baked.config.quantizer}, which this tokenizer has. "
+            f"{'Use --format compvis.' if baked.config.quantizer in QUANTIZERS_OF['compvis'] else 'Keep the tokenizer as it is.'}"
         )
+    os.makedirs(folder, exist_ok=True)
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {

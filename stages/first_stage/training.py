@@ -17,6 +17,7 @@ from stages.options import TokenizerTrainOptions
 from stages.schedule import warmup_constant, warmup_cosine
 
 BETAS = (0.5, 0.9)
+NUM_RECENT_VECTORS = 16_384  # where dead codes may move: a small batch has fewer vectors than a codebook entries
 
 
 class FirstStageTrainer:
@@ -54,7 +55,7 @@ class FirstStageTrainer:
             self.discriminator_optimizer = _optimizer(discriminator)
         self.average = WeightAverage(tokenizer, options.weight_average_decay)
         self.device = next(tokenizer.parameters()).device
-        self.last_vectors_ND = torch.zeros(0, tokenizer.config.codebook_dim)
+        self.recent_vectors_ND = torch.zeros(0, tokenizer.config.codebook_dim, device=self.device)
         self.code_counts_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=self.device)
 
     def learning_rate(self, num_seen: int) -> float:
@@ -98,7 +99,8 @@ class FirstStageTrainer:
         loss.backward()
         metrics["grad_norm"] = self._update(self.tokenizer, self.tokenizer_optimizer, learning_rate)
         self.code_counts_K += torch.bincount(quantized.codes_BHW.flatten(), minlength=len(self.code_counts_K))
-        self.last_vectors_ND = quantized.vectors_ND
+        if self.tokenizer.quantize.row_tensors:
+            self.recent_vectors_ND = torch.cat([self.recent_vectors_ND, quantized.vectors_ND])[-NUM_RECENT_VECTORS:]
         return reconstructions.detach(), metrics
 
     @torch.no_grad()
@@ -109,8 +111,8 @@ class FirstStageTrainer:
         self._copy_rows_to_average(torch.arange(self.tokenizer.codebook_size, device=z_BDHW.device))
 
     def revive_dead_codes(self) -> int:
-        """Moves entries that no rank used since the last call onto the latest encoder outputs; returns how many."""
-        rows_M = self.tokenizer.quantize.revive(self.code_counts_K, self.last_vectors_ND)
+        """Moves entries that no rank used since the last call onto recent encoder outputs; returns how many."""
+        rows_M = self.tokenizer.quantize.revive(self.code_counts_K, self.recent_vectors_ND)
         self._copy_rows_to_average(rows_M)
         self.code_counts_K.zero_()
         return len(rows_M)
@@ -184,6 +186,7 @@ class FirstStageTrainer:
             "average": self.average.average,
             "num_updates": self.average.num_updates,
             "code_counts": self.code_counts_K,
+            "recent_vectors": self.recent_vectors_ND,
         }
         if self.adversary is not None and self.discriminator_optimizer is not None:
             state["adversary"] = self.adversary.state_dict()
@@ -196,6 +199,7 @@ class FirstStageTrainer:
         self.average.average = state["average"]
         self.average.num_updates = state["num_updates"]
         self.code_counts_K = state["code_counts"]
+        self.recent_vectors_ND = state["recent_vectors"]
         if self.adversary is not None and self.discriminator_optimizer is not None:
             self.adversary.load_state_dict(state["adversary"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

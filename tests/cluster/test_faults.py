@@ -86,7 +86,7 @@ def test_a_spike_is_undone(tmp_path, codes):
 
 def test_a_run_that_stays_ill_stops_with_its_commits(tmp_path, codes):
     options = options_for(tmp_path, codes, train={**FOUR_EACH, "max_rollbacks": 2})
-    with pytest.raises(Exception, match="train.max_rollbacks is 2.*learning_rate"):
+    with pytest.raises(Exception, match="train.max_rollbacks is 2.*learning rate"):
         train(options, 1, poison_every_batch_from_7)
     assert checkpoints.latest_commit(options.run.path) is not None
     assert verify_run(options.run.path) == []

@@ -1,6 +1,7 @@
 """A published transformer as a run: sampled from, verified, trained on, and refused where it does not belong."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -83,8 +84,7 @@ def training(imported, folder, recipe=None, **sections):
     """Options of training on, in a copy of the imported run, with the configuration that came with it."""
     source, _, summary = imported
     codes = (recipe or dataset_recipe(summary)).write(os.path.join(folder, "codes"))
-    os.makedirs(f"{folder}/run/checkpoints")
-    os.symlink(summary.checkpoint, f"{folder}/run/checkpoints/{os.path.basename(summary.checkpoint)}")
+    shutil.copytree(f"{source}/run", f"{folder}/run")
     with open(summary.config) as file:
         described = {name: section for name, section in yaml.safe_load(file).items() if name in ("model", "conditioning")}
     return options_for(folder, codes, **described, **sections)

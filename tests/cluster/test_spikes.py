@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cluster.spikes import MIN_STEPS_BEFORE, find_fault
+from cluster.spikes import MIN_STEPS_BEFORE, find_fault, find_not_finite
 
 STEADY = [3.0 + 0.01 * (i % 5) for i in range(64)]
 
@@ -32,3 +32,10 @@ def test_too_few_steps_say_nothing():
 
 def test_only_recent_steps_count():
     assert find_fault(9.0, 1.0, [9.0] * 500 + STEADY, threshold=10.0)
+
+
+def test_any_number_of_a_record_that_is_not_finite_is_found():
+    record = {"step": 3, "digests": ["nan"], "loss": 0.5, "grad_norm": 1.0, "discriminator": 0.2}
+    assert find_not_finite(record) is None
+    for value in (math.nan, math.inf, -math.inf):
+        assert find_not_finite({**record, "discriminator": value}) == f"discriminator {value}"

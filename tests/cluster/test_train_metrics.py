@@ -232,6 +232,17 @@ def test_the_progress_line_comes_every_so_many_steps_and_at_the_end(tmp_path, ca
     assert [entry.getMessage().split()[1] for entry in caplog.records] == ["3/7", "6/7", "7/7"]
 
 
+def test_a_tokenizers_progress_counts_images_and_shows_its_own_numbers(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "cluster.train_metrics")
+    settings = {"num_steps": 1, "codes_per_step": 16, "peak_flops": None, "unit": "images", "loss_unit": ""}
+    metrics = metrics_of(tmp_path, **settings)
+    metrics.record(record(0, discriminator=0.9, codebook_usage=0.5), SECONDS)
+    metrics.close()
+    assert "  4 images/s  discriminator 0.9  codebook_usage 0.5  " in caplog.text
+    assert "nats" not in caplog.text
+    assert read_metrics(str(tmp_path))[0]["images_per_second"] == 4.0
+
+
 def test_the_progress_line_says_how_fast_the_typical_step_is(tmp_path, caplog):
     """Nine steps of 4 s and one of 40 s, of which the checkpoint held up 36 s."""
     caplog.set_level(logging.INFO, "cluster.train_metrics")

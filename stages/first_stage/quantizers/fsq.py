@@ -19,7 +19,9 @@ class ScalarQuantizer(Quantizer):
         super().__init__(math.prod(levels), len(levels))
         self.levels = levels
         self.register_buffer("levels_D", torch.tensor(levels), persistent=False)
-        self.register_buffer("strides_D", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)
+        self.register_buffer(
+            "strides_D", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
+        )
         self.levels_D: Tensor
         self.strides_D: Tensor
 

@@ -21,7 +21,9 @@ def rotate(vectors_ND: Tensor, entries_ND: Tensor) -> Tensor:
         from_ND, to_ND = F.normalize(vectors_ND, dim=-1), F.normalize(entries_ND, dim=-1)
         between_ND = F.normalize(from_ND + to_ND, dim=-1)
         scale_N1 = entries_ND.norm(dim=-1, keepdim=True) / vectors_ND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    reflected_ND = vectors_ND - 2.0 * between_ND * _along(vectors_ND, between_ND) + 2.0 * to_ND * _along(vectors_ND, from_ND)
+    reflected_ND = (
+        vectors_ND - 2.0 * between_ND * _along(vectors_ND, between_ND) + 2.0 * to_ND * _along(vectors_ND, from_ND)
+    )
     rotated_ND = scale_N1 * reflected_ND
     return rotated_ND + (entries_ND - rotated_ND).detach()  # rounding must not reach the decoder
 

@@ -45,7 +45,9 @@ class GumbelQuantizer(Quantizer):
         weight_KD, bias_K = self.proj.weight.float().flatten(1), self.proj.bias
         assert bias_K is not None
         rows_at_once = max(1, DISTANCES_AT_ONCE // self.codebook_size)
-        return torch.cat([F.linear(rows, weight_KD, bias_K.float()).argmax(-1) for rows in vectors_ND.split(rows_at_once)])
+        return torch.cat(
+            [F.linear(rows, weight_KD, bias_K.float()).argmax(-1) for rows in vectors_ND.split(rows_at_once)]
+        )
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.embed.weight.float())

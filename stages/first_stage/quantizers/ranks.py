@@ -26,7 +26,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_from_first_rank(tensor: Tensor) -> Tensor:
     """The tensor of rank 0, in place."""
-    if num_ranks() > 1:
+    if num_ranks() > 1 and tensor.numel():
         dist.broadcast(tensor, src=0)
     return tensor
 

@@ -149,3 +149,20 @@ def test_a_codebook_of_used_codes_is_cut_to_them(checkpoint, caplog):
     for wrong in (torch.tensor([32]), torch.tensor([0.5]), torch.tensor([[1]])):
         with pytest.raises(ArtefactError, match="must number entries"):
             import_tokenizer(checkpoint({**foreign(model, "compvis"), "quantize.used": wrong}))
+
+
+def test_a_gumbel_tokenizer_is_known_by_its_tensors(checkpoint, tmp_path):
+    model = tokenizer(quantizer="gumbel")
+    path = checkpoint(foreign(model, "compvis"))
+    imported = import_tokenizer(path)
+    assert imported.config.quantizer == "gumbel" and imported.fingerprint == fingerprint(model)
+    assert import_tokenizer(export_tokenizer(imported, "compvis", str(tmp_path / "out"))).fingerprint == fingerprint(model)
+    with pytest.raises(ConfigError, match="has no quantizer gumbel.*compvis"):
+        export_tokenizer(imported, "diffusers", str(tmp_path / "other"))
+
+
+def test_a_quantizer_that_no_other_project_has_stays(tmp_path):
+    model = tokenizer(quantizer="lfq", codebook_size=16)
+    with pytest.raises(ConfigError, match="has no quantizer lfq"):
+        export_tokenizer(model, "compvis", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

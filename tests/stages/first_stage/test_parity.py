@@ -1,23 +1,49 @@
 """The first stage against the original code with the same weights."""
 
+import re
 import sys
+from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
+from foreign_support import foreign
 from oracles import diffusers_vq_model, taming
+from safetensors.torch import save_file
 
+from stages.first_stage.import_export import export_tokenizer, import_tokenizer
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
 
 SMALL = dict(
-    resolution=32,
+    resolution=256,
     in_channels=3,
     codebook_size=64,
     codebook_dim=8,
     base_channels=32,
     channel_multipliers=(1, 1, 2),
     num_res_blocks=2,
-    attention_resolutions=(8,),
+    attention_resolutions=(64,),
     z_channels=16,
 )
+# The published sizes: CompVis f16-1024, LlamaGen's VQ-16, GumbelVQ f8-8192, and latent-diffusion's vq-f4, vq-f8 and vq-f16.
+F16 = dict(SMALL, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), attention_resolutions=(16,), z_channels=256)
+F8 = dict(F16, channel_multipliers=(1, 1, 2, 4), attention_resolutions=(32,))
+PUBLISHED = {
+    "f16-1024": (dict(F16, codebook_size=1024, codebook_dim=256), 72_141_699),
+    "vq-16": (dict(F16, codebook_size=16384), 71_883_403),
+    "gumbel-f8": (dict(F8, codebook_size=8192, codebook_dim=256, quantizer="gumbel"), 68_995_971),
+    "ldm-f4": (
+        dict(F16, codebook_size=8192, codebook_dim=3, z_channels=3, channel_multipliers=(1, 2, 4), attention_resolutions=()),
+        55_322_782,
+    ),
+    "ldm-f8": (
+        dict(F8, codebook_size=16384, codebook_dim=4, z_channels=4, channel_multipliers=(1, 2, 2, 4)),
+        67_717_295,
+    ),
+    "ldm-f16": (dict(F16, codebook_size=16384, z_channels=8), 69_593_371),
+    "seg-182": (dict(F16, in_channels=182, codebook_size=1024, codebook_dim=256), 72_554_294),
+}
+KEYS = Path(__file__).parent / "compvis_vqgan_keys.txt"
 
 
 def randomise(module, seed=0):
@@ -27,12 +53,14 @@ def randomise(module, seed=0):
         for name, tensor in sorted(module.state_dict().items()):
             if tensor.is_floating_point():
                 scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + (name.endswith("norm.weight")))
+                is_norm_weight = tensor.dim() == 1 and name.endswith("weight")
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + is_norm_weight)
     return module.eval()
 
 
 def compvis(config):
-    """The original `VQModel` of this architecture, without its losses."""
+    """The original `VQModel` or `GumbelVQ` of this architecture, without its losses."""
+    vqgan = taming("models.vqgan")
     network = dict(
         double_z=False,
         z_channels=config.z_channels,
@@ -46,30 +74,105 @@ def compvis(config):
         dropout=0.0,
     )
     loss = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
-    model = taming("models.vqgan").VQModel(network, loss, config.codebook_size, config.codebook_dim)
-    return randomise(model)
+    sizes = dict(ddconfig=network, lossconfig=loss, n_embed=config.codebook_size, embed_dim=config.codebook_dim)
+    if config.quantizer == "gumbel":
+        schedule = {"target": "builtins.dict"}
+        return randomise(vqgan.GumbelVQ(**sizes, temperature_scheduler_config=schedule))
+    return randomise(vqgan.VQModel(**sizes))
 
 
-def test_names_and_shapes_are_those_of_the_original():
-    config = TokenizerConfig(**SMALL)
-    theirs = {name: tensor.shape for name, tensor in compvis(config).state_dict().items()}
-    assert theirs == {name: tensor.shape for name, tensor in Tokenizer(config).state_dict().items()}
+def published(name):
+    return pytest.param(PUBLISHED[name][0], 256, marks=pytest.mark.slow, id=name)
 
 
+SIZES = [pytest.param(SMALL, 32, id="small"), pytest.param(dict(SMALL, in_channels=1, attention_resolutions=()), 24, id="grey")]
+
+
+def shapes(module):
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_shapes_and_sizes_are_those_of_the_published_models(name):
+    changes, num_parameters = PUBLISHED[name]
+    config = TokenizerConfig(**changes)
+    with torch.device("meta"):
+        assert shapes(Tokenizer(config)) == shapes(compvis(config))
+    assert sum(torch.Size(shape).numel() for shape in shapes(Tokenizer(config)).values()) == num_parameters
+
+
+@pytest.mark.parametrize("changes,side", [*SIZES, *map(published, ("f16-1024", "ldm-f4", "ldm-f8", "ldm-f16"))])
 @torch.no_grad()
-def test_codes_and_images_are_those_of_the_original():
-    config = TokenizerConfig(**SMALL)
-    original, ours = compvis(config), Tokenizer(config).eval()
-    ours.load_state_dict(original.state_dict())
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
+def test_codes_and_images_are_those_of_the_original(tmp_path, changes, side):
+    config = TokenizerConfig(**changes)
+    original = compvis(config)
+    torch.save({"state_dict": original.state_dict()}, tmp_path / "last.ckpt")
+    ours = import_tokenizer(str(tmp_path / "last.ckpt"))
+    images = torch.rand(2, config.in_channels, side, side) * 2 - 1
     quantized, _, (_, _, codes) = original.encode(images)
     torch.testing.assert_close(ours.encoder(images), original.encoder(images), atol=1e-5, rtol=1e-5)
     assert torch.equal(ours.encode(images).flatten(), codes)
-    torch.testing.assert_close(ours.decode(codes.view(2, 8, 8)), original.decode(quantized), atol=1e-5, rtol=1e-5)
+    grid = (2, *ours.grid(side))
+    torch.testing.assert_close(ours.quantize.decode(codes.view(grid)), quantized, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(codes.view(grid)), original.decode(quantized), atol=1e-5, rtol=1e-5)
 
 
-def test_the_oracle_of_diffusers_can_be_had():
-    assert diffusers_vq_model()(norm_num_groups=32).config.num_vq_embeddings == 256
+@pytest.mark.parametrize("changes,side", [pytest.param(dict(SMALL, z_channels=8), 32, id="small"), published("gumbel-f8")])
+@torch.no_grad()
+def test_gumbel_codes_are_the_likeliest_of_the_original(tmp_path, changes, side):
+    """The original draws noise even when it encodes; without it, it takes the argmax of its logits."""
+    original = compvis(TokenizerConfig(**{**changes, "quantizer": "gumbel"}))
+    torch.save({"state_dict": original.state_dict()}, tmp_path / "last.ckpt")
+    ours, images = import_tokenizer(str(tmp_path / "last.ckpt")), torch.rand(1, 3, side, side) * 2 - 1
+    logits = original.quantize.proj(original.quant_conv(original.encoder(images)))
+    codes = ours.encode(images)
+    assert torch.equal(codes, logits.argmax(1).flatten(1))
+    entries = F.one_hot(codes.view(1, *ours.grid(side)), ours.codebook_size).float() @ original.quantize.embed.weight
+    expected = original.decode(entries.permute(0, 3, 1, 2))
+    torch.testing.assert_close(ours.decode(codes.view(1, *ours.grid(side))), expected, atol=1e-5, rtol=1e-5)
+
+
+def spread_codebook(model):
+    """Unit entries as far from ties as random ones are, so that all three projects must agree on every code."""
+    model.quantize.embedding.weight.copy_(F.normalize(model.quantize.embedding.weight, dim=-1))
+    return model
+
+
+@pytest.mark.parametrize("changes,side", [*SIZES[:1], published("vq-16")])
+@torch.no_grad()
+def test_three_projects_agree_on_codes_and_images(tmp_path, changes, side):
+    """One set of weights under three names: one fingerprint, and diffusers' own `VQModel` computes what ours does."""
+    config = TokenizerConfig(**changes)
+    model = spread_codebook(randomise(Tokenizer(config)).requires_grad_(False))
+    torch.save({"state_dict": foreign(model, "compvis")}, tmp_path / "last.ckpt")
+    torch.save({"model": foreign(model, "llamagen")}, tmp_path / "vq.pt")
+    folder = tmp_path / "diffusers"
+    export_tokenizer(model, "diffusers", str(folder))
+    ours = [import_tokenizer(str(tmp_path / name)) for name in ("last.ckpt", "vq.pt", "diffusers")]
+    assert len({tokenizer.fingerprint for tokenizer in ours}) == 1
+    theirs, images = diffusers_vq_model().from_pretrained(str(folder)).eval(), torch.rand(2, 3, side, side) * 2 - 1
+    quantized, _, (_, _, codes) = theirs.quantize(theirs.encode(images).latents)
+    expected = theirs.decode(quantized, force_not_quantize=True).sample
+    for tokenizer in ours:
+        assert torch.equal(tokenizer.encode(images).flatten(), codes)
+        grid = (2, *tokenizer.grid(side))
+        torch.testing.assert_close(tokenizer.decode(codes.view(grid)), expected, atol=1e-4, rtol=0)
+
+
+def test_the_reference_list_of_tensors_is_met():
+    """Every name and shape of a published checkpoint is either the tokenizer's or of its training losses."""
+    listed = re.findall(r"^([\w.]+)\t\(([\d, ]*)\)$", KEYS.read_text(), re.MULTILINE)
+    expected = {name: tuple(int(size) for size in re.findall(r"\d+", shape)) for name, shape in listed}
+    with torch.device("meta"):
+        ours = shapes(Tokenizer(TokenizerConfig(**PUBLISHED["f16-1024"][0])))
+    assert len(expected) == 398
+    assert {name: shape for name, shape in expected.items() if not name.startswith("loss.")} == ours
+
+
+def test_the_diffusers_model_of_weights_it_saved_itself_is_taken(tmp_path):
+    model = randomise(diffusers_vq_model()(norm_num_groups=32, block_out_channels=(64,), latent_channels=4))
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    assert import_tokenizer(str(tmp_path / "weights.safetensors")).codebook_size == 256
 
 
 def test_the_oracles_leave_no_stand_ins_behind():

@@ -7,7 +7,9 @@ import torch
 from quantizer_support import QUANTIZER_SHAPES
 from tests_support import TINY_TOKENIZER
 
+from stages.first_stage import training
 from stages.first_stage.quantizers import QUANTIZERS
+from stages.first_stage.quantizers.base import to_vectors
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.training import FirstStageTrainer
 from stages.options import TokenizerTrainOptions
@@ -37,6 +39,7 @@ def test_training_goes_on_bitwise(kind):
     torch.manual_seed(123)  # another process
     resumed.load_state_dict(stopped.state_dict())
     for step in range(2, 4):
+        assert straight.revive_dead_codes() == resumed.revive_dead_codes()
         a, b = straight.step(images(step), step * 8), resumed.step(images(step), step * 8)
         assert {name: value.item() for name, value in a.items()} == {name: value.item() for name, value in b.items()}
     a, b = straight.averaged_tokenizer().baked().state_dict(), resumed.averaged_tokenizer().baked().state_dict()
@@ -65,13 +68,29 @@ def test_the_codebook_starts_on_the_first_batch_if_asked(kind, kmeans_start):
     torch.testing.assert_close(averaged, trainer.tokenizer.quantize.codebook(), atol=5e-3, rtol=0)
 
 
+def test_dead_entries_move_onto_the_vectors_of_several_steps(monkeypatch):
+    monkeypatch.setattr(training, "NUM_RECENT_VECTORS", 1000)
+    trainer = build("vq", learning_rate=1e-9)
+    for step in range(3):
+        trainer.step(images(step), 8 + step)
+    assert len(trainer.recent_vectors_ND) == 1000, "of 3 x 8 images with 64 codes"
+    z = trainer.tokenizer.quant_conv(trainer.tokenizer.encoder(images(2)))
+    torch.testing.assert_close(trainer.recent_vectors_ND[-512:], to_vectors(z), atol=1e-4, rtol=1e-4)
+    trainer.code_counts_K.zero_()
+    trainer.revive_dead_codes()
+    entries = trainer.tokenizer.quantize.codebook()
+    assert torch.equal(entries[0], trainer.recent_vectors_ND[0]) and torch.equal(
+        entries[-1], trainer.recent_vectors_ND[-1]
+    )
+
+
 @pytest.mark.parametrize("kind", ["vq", "vq-l2", "vq-ema"])
 def test_revived_entries_leave_their_past_behind(kind):
     trainer = build(kind)
     trainer.step(images(0), 0)
     trainer.code_counts_K.fill_(1)
     trainer.code_counts_K[3] = 0
-    vectors = trainer.last_vectors_ND
+    vectors = trainer.recent_vectors_ND
     assert trainer.revive_dead_codes() == 1 and trainer.code_counts_K.sum() == 0
     for tokenizer in (trainer.tokenizer, trainer.averaged_tokenizer()):
         torch.testing.assert_close(tokenizer.quantize.codebook()[3], vectors[0])

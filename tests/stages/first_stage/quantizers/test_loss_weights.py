@@ -24,7 +24,9 @@ def test_the_preset_puts_the_weight_where_the_original_does():
 
 def test_preset_and_weight_contradict_each_other():
     options = TokenizerTrainOptions(loss_preset="compvis-legacy", codebook_weight=1.0)
-    with pytest.raises(ConfigError, match=r"codebook_weight is 1.0, but tokenizer_train.loss_preset=compvis-legacy .* 0.25"):
+    with pytest.raises(
+        ConfigError, match=r"codebook_weight is 1.0, but tokenizer_train.loss_preset=compvis-legacy .* 0.25"
+    ):
         loss_weights(options)
     assert loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy", entropy_weight=0.5))["entropy"] == 0.5
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import taming
 
 from stages.first_stage.quantizers.gumbel import GumbelQuantizer
 from stages.first_stage.quantizers.loss_weights import loss_weights
@@ -13,8 +14,7 @@ SIZE, DIM = 32, 6
 
 @pytest.fixture
 def original():
-    oracles = pytest.importorskip("oracles")
-    return oracles.taming("modules.vqvae.quantize")
+    return taming("modules.vqvae.quantize")
 
 
 @pytest.fixture

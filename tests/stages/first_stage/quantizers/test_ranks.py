@@ -24,6 +24,7 @@ def train(kind):
     for step in range(NUM_STEPS):
         quantized = quantizer(batch(rank(), step))
     rows = quantizer.revive(counts_of(rank()), quantized.vectors_ND)
+    assert not len(quantizer.revive(torch.ones(16, dtype=torch.int64), quantized.vectors_ND)), "all are in use"
     return dict(quantizer.state_dict()), rows
 
 

@@ -67,7 +67,7 @@ def other_sizes(config: TransformerConfig) -> list[int]:
     norm = [c, c] if config.norm == "layer" else [c]
     inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
     block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
-    prefix = (1 if config.conditioning == "none" else config.num_classes + 1) * c
+    prefix = (config.num_classes + 1 if config.conditioning in ("class", "codes") else 1) * c
     is_learned = config.positions == "learned"
     positions = [config.num_positions * c] * is_learned
     return config.num_layers * block + norm + [prefix, config.codebook_size * c, *positions]

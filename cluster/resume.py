@@ -91,7 +91,8 @@ def _check_imported(commit: checkpoints.Commit, dataset: CodeDataset, config: Tr
         saved = {**saved, "num_classes": ours["num_classes"]}
     pairs: list[tuple[str, str, Any, Any]]
     pairs = [("codes.path", "tokenizer", commit.tokenizer_fingerprint, dataset.tokenizer_fingerprint)]
-    names = {"codebook_size": "codes.path", "grid": "codes.path", "num_classes": "codes.path"}
+    names = {name: "codes.path" for name in ("codebook_size", "grid", "num_classes")}
+    names |= {"conditioning": "conditioning.name", "num_prefix_tokens": "conditioning.num_tokens"}
     pairs += [(names.get(name, "model"), name, value, ours.get(name)) for name, value in saved.items()]
     for key, what, there, here in pairs:
         if there != here:

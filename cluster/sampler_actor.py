@@ -11,6 +11,7 @@ from cluster.checkpoints import AVERAGES, WEIGHTS
 from pipeline.binding import check_tokenizer
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build
+from stages.errors import ArtefactError
 from stages.first_stage.pixels import to_uint8
 from stages.memory import keep_freed_memory
 from stages.options import SamplingOptions
@@ -43,13 +44,19 @@ class SamplerActor:
         num_threads: torch threads; results are promised equal for equal numbers of threads.
 
     Raises:
-        ArtefactError: the tokenizer is not the checkpoint's, or works otherwise on this machine.
+        ArtefactError: the tokenizer is not the checkpoint's, or works otherwise on this machine; or the checkpoint is conditioned on
+            codes, which nothing gives it.
     """
 
     def __init__(self, checkpoint_path: str, tokenizer_path: str, sampling: SamplingOptions, num_threads: int = 1):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
         commit = checkpoints.open_commit(checkpoint_path)
+        if commit.content["transformer"]["conditioning"] == "codes":
+            raise ArtefactError(
+                f"checkpoint is {checkpoint_path}, but it is conditioned on codes, and samples are drawn for classes or without a "
+                "condition only. Use another checkpoint."
+            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
         check_tokenizer(tokenizer_path, self.tokenizer, commit.content["encoding"], f"checkpoint {checkpoint_path}")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pipeline.code_dataset import CodeDataset
+from stages.errors import ConfigError
 from stages.options import (
     CodesOptions,
     ConditioningOptions,
@@ -35,7 +36,15 @@ class TrainJobOptions:
 
 
 def dataset_transformer_config(options: TrainJobOptions, dataset: CodeDataset) -> TransformerConfig:
-    """The transformer for a code dataset."""
+    """The transformer for a code dataset.
+
+    Raises:
+        ConfigError: a condition that code datasets do not hold, or heads that do not divide the width.
+    """
+    if options.conditioning.name == "codes":
+        raise ConfigError(
+            "conditioning.name is codes, but code datasets hold no codes of a condition to train on. Use class or none."
+        )
     return transformer_config(
         options.model,
         options.conditioning,

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.runtime import user_errors
@@ -134,8 +134,9 @@ def measure(assignment: Assignment, progress: Progress | None = None) -> Measure
         for _ in range(MAX_COORDINATORS):
             try:
                 return _measure(assignment, group, report)
-            except ActorDiedError as error:
-                if isinstance(error, RayTaskError):  # not this actor: it says so of another one
+            except RayActorError as error:
+                # A RayTaskError is what this actor says of another one.
+                if isinstance(error, RayTaskError) or error.actor_init_failed:
                     raise
                 logger.warning("The evaluation actor died and begins anew: %s", str(error).splitlines()[0])
     raise TesseraError(

@@ -118,7 +118,7 @@ def num_parameters(config: TransformerConfig) -> int:
     per_norm = c.hidden_size * (2 if c.norm == "layer" else 1)
     per_layer = 4 * c.hidden_size**2 + num_ffn * c.hidden_size * c.ffn_size + 2 * per_norm + 2 * c.head_size * c.qk_norm
     per_layer += (4 * c.hidden_size + ffn_bias) * c.bias
-    prefix = (1 if c.conditioning == "none" else c.num_classes + 1) * c.hidden_size
+    prefix = (c.num_classes + 1 if c.conditioning in ("class", "codes") else 1) * c.hidden_size
     positions = c.num_positions * c.hidden_size if c.positions == "learned" else 0
     return c.num_layers * per_layer + 2 * c.codebook_size * c.hidden_size + prefix + positions + per_norm
 

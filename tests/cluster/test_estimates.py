@@ -42,7 +42,11 @@ def loss_of(model, device):
     return nll(model(codes, torch.zeros(NUM_ROWS, dtype=torch.long, device=device)), codes).sum()
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"conditioning": "none"}])
+GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True}
+MAPS = {"conditioning": "codes", "num_prefix_tokens": 16, "positions": "learned"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"conditioning": "none"}, GPT_2, {"bias": True}, MAPS])
 def test_sizes_are_those_of_the_module(changes):
     config = dataclasses.replace(SMALL, **changes)
     with torch.device("meta"):

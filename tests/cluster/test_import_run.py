@@ -165,6 +165,29 @@ def test_llamagen_needs_a_tokenizer_that_is_there(tmp_path):
     assert not os.path.exists(missing.output)
 
 
+def test_a_condition_of_codes_is_imported_but_not_drawn_for(tmp_path):
+    cond = {f"cond_stage_model.{name}": t for name, t in foreign(codes_tokenizer(1), "compvis").items()}
+    first = {f"first_stage_model.{name}": t for name, t in foreign(codes_tokenizer(), "compvis").items()}
+    torch.save({"state_dict": {**first, **cond, **net2net_tensors(2 * SIDE**2, CODEBOOK)}}, tmp_path / "last.ckpt")
+    options = ImportTransformerOptions(
+        file=str(tmp_path / "last.ckpt"),
+        output=str(tmp_path / "run"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        condition_tokenizer=str(tmp_path / "condition"),
+        num_heads=2,
+        image_size=2 * SIDE,
+    )
+    summary = import_transformer(options)
+    transformer = checkpoints.open_commit(summary.checkpoint).content["transformer"]
+    assert (transformer["conditioning"], transformer["num_prefix_tokens"]) == ("codes", SIDE**2)
+    assert tokenizer_fingerprint(options.condition_tokenizer) != summary.fingerprint
+    with pytest.raises(ArtefactError, match="conditioned on codes"):
+        SamplerActor(summary.checkpoint, options.tokenizer, SAMPLING)
+    codes = dataset_recipe(summary).write(str(tmp_path / "codes"))
+    with pytest.raises(ConfigError, match="conditioning.name is codes"):
+        check(options_for(str(tmp_path), codes, conditioning={"name": "codes", "num_tokens": 16}))
+
+
 def change(name, value):
     return lambda tensors: tensors.update({name: value})
 

@@ -61,7 +61,8 @@ def add_checkpoint(options, step, run=None, **more):
 
 def worse(record: Record, step: int) -> Record:
     """Stores what a much better checkpoint of an earlier step would have left."""
-    body = json.loads(json.dumps({k: v for k, v in record.content.items() if k not in ("grids", "sha256")}))
+    written = ("format", "format_version", "record_id", "grids", "sha256")
+    body = json.loads(json.dumps({k: v for k, v in record.content.items() if k not in written}))
     body |= {"step": step, "created_at": "2026-01-01T00:00:00.000+00:00"}
     body["identity"]["checkpoint_hash"] = "better"
     body["metrics"]["gfd"]["value"] /= 100
@@ -78,7 +79,7 @@ def test_a_night_evaluates_what_is_new_tells_what_got_worse_and_only_once(ray_cl
     assert (again["exit_code"], again["evaluated"], again["present"]) == (0, {}, first["evaluated"])
 
     worse(record, step=3)
-    settings = NightlyOptions(command=f"cat >> {tmp_path}/told")
+    settings = NightlyOptions(command=f"cat >> {tmp_path}/told", regression_threshold=0.01)
     found = nightly(options, settings)
     assert found["exit_code"] == 3
     (told,) = found["regressions"]

@@ -83,7 +83,10 @@ def test_unconditional_ignores_labels():
 
 
 @pytest.mark.parametrize("conditioning", ["class", "none"])
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}])
+GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}, GPT_2, {"bias": True}, {"norm": "layer"}])
 def test_parameters_are_counted_without_building(conditioning, changes):
     model = build(conditioning, **changes)
     assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())

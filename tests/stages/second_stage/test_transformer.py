@@ -20,6 +20,7 @@ from stages.second_stage.transformer import (
 )
 
 OPTIONS = ModelOptions(num_layers=2, hidden_size=32, num_heads=2)
+GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
 
 
 def build(conditioning="class", **changes):
@@ -83,9 +84,6 @@ def test_unconditional_ignores_labels():
 
 
 @pytest.mark.parametrize("conditioning", ["class", "none"])
-GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
-
-
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}, GPT_2, {"bias": True}, {"norm": "layer"}])
 def test_parameters_are_counted_without_building(conditioning, changes):
     model = build(conditioning, **changes)

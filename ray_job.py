@@ -152,6 +152,8 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     from evaluation.sweep import sweep
     from pipeline.job_options import select
 
+    if args.tokenizer and args.sweep:
+        raise ConfigError("--sweep is given with --tokenizer, but a tokenizer alone draws no samples. Leave one of them out.")
     config = checked_config(args)
     checkpoint = None if args.tokenizer else args.checkpoint
     options = select(EvaluateOptions, config, checkpoint=checkpoint)

@@ -79,7 +79,8 @@ def speed(args: argparse.Namespace) -> None:
 
 def error_bar(args: argparse.Namespace) -> None:
     """Jackknife error and correction beside what repeated draws show."""
-    images, training = read_images(args.source, "holdout", args.num_images), read_images(args.source, "train", args.num_images)
+    images = read_images(args.source, "holdout", args.num_images)
+    training = read_images(args.source, "train", 2 * args.num_images)
     extractor = open_extractor(args.extractor, options_of(args))
     channels = np.random.default_rng(5).permutation(extractor.outputs["features"])[: args.dim]
     reference = Reference.of(GaussianStatistics.of(extractor(training)["features"][:, channels]))

@@ -22,8 +22,9 @@ from typing import Any
 
 from cluster.runtime import connected
 from cluster.sampler_actor import SamplerActor
-from evaluation.evaluate import EvaluateOptions, measure, prepare
+from evaluation.evaluate import measure
 from evaluation.feature_actor import FeatureActor
+from evaluation.prepare import EvaluateOptions, prepare
 from pipeline.job_options import select
 from stages.config import load_config
 
@@ -52,7 +53,7 @@ def parts(assignment: Any, sampler: SamplerActor, extractor: FeatureActor) -> di
         features("features of samples", lambda: extractor.of_images(images, []))
     for start in range(0, len(assignment.reference_uris), CHUNK):
         uris = assignment.reference_uris[start : start + CHUNK]
-        features("reference: read and features", lambda: extractor.of_reference(uris))
+        features("reference: read and features", lambda: extractor.of_reference(uris, list(assignment.reference_keys)))
     for start in range(0, len(assignment.holdout_uris), CHUNK):
         uris, labels = assignment.holdout_uris[start : start + CHUNK], assignment.holdout_labels[start : start + CHUNK]
         _, codes, usable = features("held-out: read, reconstruct, features", lambda: extractor.of_holdout(uris, labels, []))
@@ -75,7 +76,7 @@ def main() -> None:
             assignment = prepare(dataclasses.replace(options, evaluation=evaluation)).assignment
             a = assignment
             sampler = SamplerActor(a.checkpoint_path, a.tokenizer_path, a.sampling)
-            extractor = FeatureActor(a.source, a.images, a.evaluation, a.tokenizer_path)
+            extractor = FeatureActor(a.source, a.images, a.evaluation, a.plan, a.tokenizer_path)
             found = parts(assignment, sampler, extractor)
             begin = time.perf_counter()
             measurement = measure(assignment)

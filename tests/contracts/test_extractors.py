@@ -1,6 +1,7 @@
 """What every extractor in EXTRACTORS must keep. A new entry is tested by being registered."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -36,8 +37,17 @@ def random_weights(cls: type, generator: torch.Generator) -> dict[str, torch.Ten
         shapes = {name: tuple(tensor.shape) for name, tensor in FidInception().state_dict().items()}
     else:
         shapes = vit_shapes(cls.is_clip, tokens=1 + (cls.native_resolution // PATCH) ** 2)
-    weights = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
-    return {name: tensor.abs() + 0.5 if name.endswith("running_var") else tensor for name, tensor in weights.items()}
+    return {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Of a scale that neither blows activations up nor lets them die out."""
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values * (2.0 / math.prod(shape[1:])) ** 0.5
+    if name.endswith("running_var"):
+        return values.abs() + 0.5
+    return 1.0 + 0.1 * values if name.endswith("weight") else 0.1 * values
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import ray
 from safetensors.torch import load_file
 
 from cluster import checkpoints, run_log
-from cluster.tokenizer_history import TrainingInputs, check_resumable, list_training_images
+from cluster.tokenizer_history import TrainingInputs, check_resumable, image_reader, list_training_images
 from cluster.tokenizer_loop import RESULT, worker_with
 from cluster.tokenizer_options import TokenizerJobOptions, check_training, num_steps, training_path
 from cluster.worker_group import check_workers_fit, run_to_the_end
@@ -84,6 +84,8 @@ def _inputs(options: TokenizerJobOptions) -> TrainingInputs:
 
 def _train(options: TokenizerJobOptions, inputs: TrainingInputs, run_path: str, total: int) -> checkpoints.Commit:
     check_workers_fit(options.scaling, needs_data_cpu=True)
+    # One image here, so that options that do not fit the source are an error before any worker starts.
+    image_reader(options, inputs).read_step(0, slice(0, 1), (), ray.get(inputs.table))
     storage.check_conditional_put(run_path)
     storage.replace(storage.join(run_path, "config.yaml"), to_yaml(options).encode())
     logger.info("Training a tokenizer on %d images of %s", inputs.num_images, options.source.name)

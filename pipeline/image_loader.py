@@ -4,6 +4,7 @@ Ray Data cannot go on from the middle of an epoch, and splits a dataset among ra
 of its own, whose rows are not images but steps: which images a step consumes follows from its number alone.
 """
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,7 +116,8 @@ class ImageLoader:
             cpu=max(1, spare // self.world_size),
             object_store_memory=STORE_SHARE * resources.get("object_store_memory", 1e9) / self.world_size,
         )
-        context.enable_progress_bars = False
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of every dataset, which here is a stretch of steps
 
 
 def _read_steps(

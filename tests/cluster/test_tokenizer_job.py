@@ -73,6 +73,15 @@ def test_a_training_on_s3(ray_cluster, s3, tmp_path):
     assert names.count("COMMIT.json") == 2 and "config.yaml" in names
 
 
+@pytest.mark.ray
+def test_a_map_that_the_source_lacks_is_refused_before_any_worker_starts(ray_cluster, tmp_path):
+    base = tiny_config(tmp_path).tokenizer
+    options = options_for(tmp_path, tokenizer={**vars(base), "input": "weather"})
+    with pytest.raises(ConfigError, match="tokenizer.input is weather.*segmentation"):
+        train_tokenizer(options)
+    assert not os.path.exists(training_path(options.tokenizer.path))
+
+
 def test_a_tokenizer_that_was_not_trained_here_is_left_alone(tmp_path):
     options = options_for(tmp_path)
     store_tokenizer(Tokenizer(tokenizer_config(options.tokenizer, options.images)), options.tokenizer.path)

@@ -57,13 +57,14 @@ def test_a_training_cut_at_a_commit_goes_on_bitwise(undisturbed, tmp_path):
 
 
 def test_rows_and_losses_do_not_depend_on_world_size(tmp_path):
-    """All but the k-means start, which looks at rank 0's first images."""
+    """All but the k-means start, which looks at rank 0's first images. Adam makes more of the last digits from step to step."""
     train_options = {"num_samples": 48, "kmeans_start": False}
     one, two = (options_for(tmp_path / str(n), tokenizer_train=train_options) for n in (1, 2))
     first, second = train(one, 1), train(two, 2)
     assert first.content["sample_log_hash"] == second.content["sample_log_hash"]
     losses, others = ([r["loss"] for r in records_of(o, c)] for o, c in ((one, first), (two, second)))
-    assert losses == pytest.approx(others, rel=1e-3)
+    assert losses[0] == pytest.approx(others[0], rel=1e-5)
+    assert losses == pytest.approx(others, rel=1e-2)
     usages = ([r["codebook_usage"] for r in records_of(o, c)] for o, c in ((one, first), (two, second)))
     assert next(usages)[0] == next(usages)[0]  # codes of all ranks count, and before the first step they are the same
 

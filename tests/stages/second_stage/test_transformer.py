@@ -20,6 +20,7 @@ from stages.second_stage.transformer import (
 )
 
 OPTIONS = ModelOptions(num_layers=2, hidden_size=32, num_heads=2)
+GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
 
 
 def build(conditioning="class", **changes):
@@ -80,9 +81,6 @@ def test_unconditional_ignores_labels():
     codes = torch.randint(0, 16, (1, 12)).expand(3, 12)
     logits = model(codes, torch.tensor([0, 4, -1]))
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
-
-
-GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True, "qk_norm": False}
 
 
 @pytest.mark.parametrize("conditioning", ["class", "none"])

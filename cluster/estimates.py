@@ -85,16 +85,18 @@ def activation_bytes(
 
     With checkpointing: the input of every block, and everything of the one block that is computed again.
     """
-    c, size = config.hidden_size, 4 if precision == "fp32" else 2
-    # On GPUs RMSNorm is one kernel that keeps its input. On CPUs it is made of parts, computes in fp32, and keeps input and
-    # normalised input; of queries and keys the input is kept by attention anyway, but in its own precision.
-    norm = size * c if use_gpu else 8 * c
-    head_norm = 0 if use_gpu else 4 * c if precision == "fp32" else 8 * c
+    c, size, num_heads = config.hidden_size, 4 if precision == "fp32" else 2, config.num_heads
+    norm = size * c  # its input; the scale of each vector is counted below
+    # Kept: the input of the projection, its output (by the norms of queries and keys, and as values), rotated queries and keys, what is
+    # mixed, with its logarithmic sums, and that again with its heads side by side.
+    attention = norm + 8 * size * c + 4 * num_heads
+    if precision == "bf16" and not use_gpu:  # two products: a copy of the values, what is mixed once, and all probabilities
+        probabilities = size * num_heads * config.num_positions
+        attention = norm + size * c * (8 if config.qk_norm else 5) + probabilities
+    ffn = norm + size * (c + (2 if config.ffn == "gelu" else 4) * config.ffn_size)
     mask = (1 if use_gpu else size) * c
-    attention = norm + 8 * size * c + 2 * head_norm * config.qk_norm + 4 * config.num_heads
-    ffn = norm + size * (c + 4 * config.ffn_size)
-    num_means = 2 + 2 * config.num_heads * config.qk_norm
-    block = attention + ffn + 2 * mask * (config.residual_dropout > 0) + 4 * num_means
+    num_scales = 2 + 2 * num_heads * config.qk_norm
+    block = attention + ffn + 2 * mask * (config.residual_dropout > 0) + (4 if use_gpu else size) * num_scales
     edges = norm + size * c + mask * (config.embedding_dropout > 0)
     blocks = config.num_layers * size * c + block if checkpointing else config.num_layers * block
     return num_rows * config.num_codes * (blocks + edges)

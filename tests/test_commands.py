@@ -121,7 +121,7 @@ class TestWholeJob:
             ("tokenize", ["source.name=photos"], 2, ["source.name is photos", "scenes"]),
             ("tokenize", ["images.channels=1"], 2, ["images.channels is 1"]),
             ("tokenize", ["codes.path={job}/codes", "source.num_images=50"], 1, ["codes.path is", "plan"]),
-            ("train-tokenizer", ["tokenizer_train.learning_rate=1"], 2, ["tokenizer_train.learning_rate is 1.0"]),
+            ("train-tokenizer", ["tokenizer_train.learning_rate=1"], 1, ["tokenizer_train.learning_rate is 1.0"]),
             ("sample", ["run.path={new}/run"], 1, ["run.path is", "Run train first"]),
             ("evaluate", ["run.path={new}/run"], 1, ["run.path is", "no committed checkpoint"]),
         ],

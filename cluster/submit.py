@@ -42,6 +42,7 @@ SECTIONS = {
     "train": ("run", "tokenizer", "codes", "train"),
     "sample": ("run", "tokenizer", "sampling"),
     "evaluate": ("run", "source", "tokenizer", "codes", "evaluation"),
+    "reference": ("source", "evaluation"),
     "nightly": ("run", "source", "tokenizer", "codes", "evaluation", "nightly"),
 }
 # Arguments that are paths, with what the command line calls them.
@@ -53,6 +54,7 @@ PATH_ARGUMENTS = {
     "checkpoint": "checkpoint",
     "verify": "--verify",
     "compare": "--compare",
+    "condition_tokenizer": "--condition-tokenizer",
 }
 
 # Where a store is and how Ray and the collectives behave; who asks is not among them.
@@ -206,16 +208,16 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
         raise ConfigError(
             "The command is submit, but a job cannot be submitted by another. Name the command that is to run."
         )
-    paths = {
-        key: getattr(parsed, name)
-        for name, key in PATH_ARGUMENTS.items()
-        if getattr(parsed, name, None) not in (None, "latest")
-    }
-    config_paths = getattr(parsed, "config", [])
-    if config_paths:
+    given = {key: getattr(parsed, name, None) for name, key in PATH_ARGUMENTS.items()}
+    paths = {key: value for key, value in given.items() if isinstance(value, str) and value != "latest"}
+    config_paths = []
+    if parsed.command in SECTIONS:
+        config_paths = parsed.config
         config = load_config(config_paths, parsed.overrides)
         for section in SECTIONS[parsed.command]:
             paths |= _section_paths(section, getattr(config, section))
+    elif isinstance(getattr(parsed, "config", None), str):  # the project file of a checkpoint
+        paths["--config"] = parsed.config
     check_paths(paths)
     inside = {path: _inside_checkout(path) for path in config_paths}
     spellings = {

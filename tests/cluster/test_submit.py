@@ -329,6 +329,8 @@ def parsed(*words: str) -> argparse.Namespace:
         ),
         (["verify", "runs/x"], "PATH is runs/x"),
         (["demo"], "--output is demo_output"),
+        (["import-tokenizer", "s3://b/f.ckpt", "--output", "s3://b/t", "--config", "my.yaml"], "--config is my.yaml"),
+        (["evaluate", "-c", "configs/demo.yaml", "--tokenizer"], "run.path is demo_output/run"),
         (["submit", "--", "plan", "-c", "configs/demo.yaml"], "The command is submit"),
         (["plan", "-c", "/etc/hostname.yaml"], "-c is /etc/hostname.yaml"),
         (["plan", "-c", "configs/demo.yaml", "train.no_such_key=1"], "train.no_such_key"),
@@ -389,7 +391,7 @@ def test_every_command_with_a_configuration_has_its_paths_checked(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config("configs/demo.yaml")
     commands = ray_job.build_parser()._subparsers._group_actions[0].choices
-    configured = {name for name, parser in commands.items() if "--config" in parser._option_string_actions}
+    configured = {name for name, parser in commands.items() if "-c" in parser._option_string_actions}
     assert set(submit.SECTIONS) == configured
     for sections in submit.SECTIONS.values():
         assert set(sections) <= {field.name for field in dataclasses.fields(config)}

@@ -113,6 +113,7 @@ def test_all_commands_work_on_s3_and_leave_sound_artefacts(job, s3_server):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_run_on_s3_ends_where_an_undisturbed_one_does_and_goes_on_from_there(job):
     """SIGKILL of the driver's process group after the first commit; the same command; then one for more steps."""
     run = f"{job.prefix}/cut"

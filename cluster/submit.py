@@ -23,7 +23,7 @@ from cluster.job_client import connect, explained, follow, use_cluster
 from pipeline import storage
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
-from stages.nightly_options import NightlyOptions
+from stages.options import NightlyOptions
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

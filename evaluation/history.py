@@ -14,7 +14,7 @@ from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures
 from pipeline import storage
 from stages.config import to_yaml
-from stages.nightly_options import NightlyOptions
+from stages.options import NightlyOptions
 
 
 def write_report(

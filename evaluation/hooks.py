@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 
 from stages.errors import TesseraError
-from stages.nightly_options import NightlyOptions
+from stages.options import NightlyOptions
 
 TIMEOUT_SECONDS = 60.0
 

@@ -22,7 +22,7 @@ from evaluation.hooks import notify
 from evaluation.records import Record, find_record, list_records, record_id
 from pipeline import storage
 from stages.errors import TesseraError
-from stages.nightly_options import NightlyOptions
+from stages.options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 

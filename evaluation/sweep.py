@@ -20,8 +20,7 @@ from evaluation.records import Record
 from pipeline import storage
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.nightly_options import SweepOptions
-from stages.options import SamplingOptions
+from stages.options import SamplingOptions, SweepOptions
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.hooks import notify
 from stages.errors import TesseraError
-from stages.nightly_options import NightlyOptions
+from stages.options import NightlyOptions
 
 MESSAGE = {"page": "report.html", "regressions": [{"metric": "gfd"}]}
 

@@ -21,8 +21,7 @@ from evaluation.records import Record, list_records, record_id, write_record
 from pipeline.code_dataset import CodeDataset
 from stages.config import to_yaml
 from stages.errors import ArtefactError
-from stages.nightly_options import NightlyOptions
-from stages.options import RunOptions, TokenizerOptions
+from stages.options import NightlyOptions, RunOptions, TokenizerOptions
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from evaluation.records import list_records, read_record
 from evaluation.sweep import check_sweep, combinations, sweep
 from stages.config import load_config
 from stages.errors import ConfigError
-from stages.nightly_options import SweepOptions
-from stages.options import SamplingOptions
+from stages.options import SamplingOptions, SweepOptions
 
 
 def tried(sampling=SamplingOptions(), **lists):

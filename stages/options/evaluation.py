@@ -1,9 +1,9 @@
-"""Options of an evaluation. They are part of `stages.options`, from where they are imported."""
+"""Options of an evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.option import option
+from stages.options.declare import option
 
 
 @dataclass(frozen=True, kw_only=True)

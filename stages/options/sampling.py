@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.option import option
+from stages.options.declare import option
 
 
 @dataclass(frozen=True, kw_only=True)

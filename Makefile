@@ -43,6 +43,7 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet -e ".[dev]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oracles taming-transformers-rom1504==0.0.6 \
 		diffusers==0.35.2 huggingface-hub==0.36.0 lpips==0.1.4 torch-fidelity==0.4.0
+	rm -rf $(VENV)/oracles/tests  # torch-fidelity packs its tests, which would hide ours
 	touch $@
 
 # On top of .venv and not in it: torchmetrics imports transformers wherever it finds it. mosaicml-streaming comes without

@@ -5,6 +5,7 @@ of its own, whose rows are not images but steps: which images a step consumes fo
 """
 
 import logging
+import pickle
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +18,12 @@ import ray.data
 
 from pipeline.image_reader import ImageReader
 from pipeline.order import batch_index, rows_digest, slice_for_rank
+from stages.errors import TesseraError
 
 READ_AHEAD_STEPS = 2  # steps whose pixels lie in this process
 STEPS_PER_DATASET = 2048  # the next dataset starts while the last steps of one are consumed
 IMAGES_PER_TASK = 64  # at least, so that starting a task costs little beside reading
+ERROR = "error"  # the column of a block that could not be read
 STORE_SHARE = 0.25  # of the cluster's shared memory, for all ranks together
 
 
@@ -65,7 +68,8 @@ class ImageLoader:
             skipped: ranges of global batches that are left out, as for `pipeline.order.batch_index`.
 
         Raises:
-            ray.exceptions.RayTaskError: around what `ImageReader.read_step` raises.
+            TesseraError: from `ImageReader.read_step`.
+            ray.exceptions.RayTaskError: anything else that fails while images are read.
         """
         steps = self._stream(start_step, stop_step, skipped)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-loader") as reader:
@@ -87,6 +91,8 @@ class ImageLoader:
             dataset = self._dataset(first, min(first + STEPS_PER_DATASET, stop), skipped)
             expected = first
             for block in dataset.iter_batches(batch_size=None, prefetch_batches=1):
+                if ERROR in block:
+                    raise pickle.loads(block[ERROR][0])
                 for step, rows, pixels in zip(block["step"].tolist(), block["rows"], block["pixels"]):
                     assert step == expected, f"Ray Data gave step {step} for {expected}"
                     expected += 1
@@ -123,7 +129,10 @@ class ImageLoader:
 def _read_steps(
     block: dict[str, np.ndarray], first: int, entries: slice, skipped: Any, reader: ImageReader, table: ray.ObjectRef
 ) -> dict[str, np.ndarray]:
-    """Steps, their rows (n, b) and pixels (n, b, size, size, C)."""
+    """Steps, their rows (n, b) and pixels (n, b, size, size, C). Or an error for users: Ray Data would keep no more than its text."""
     listing, steps = ray.get(table), block["id"] + first
-    rows, pixels = zip(*(reader.read_step(int(step), entries, skipped, listing) for step in steps))
+    try:
+        rows, pixels = zip(*(reader.read_step(int(step), entries, skipped, listing) for step in steps))
+    except TesseraError as error:
+        return {ERROR: np.array([pickle.dumps(error)], dtype=object)}
     return {"step": steps, "rows": np.stack(rows), "pixels": np.stack(pixels)}

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import tempfile
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.downloads import fetch, file_sha256
 from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.options import EvaluationOptions
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20
 # What the loaders raise on files that are cut off or of another kind.
 BROKEN = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)
 
@@ -63,11 +62,7 @@ def load_pretrained(file: PretrainedFile, extractor: str, options: EvaluationOpt
 
 def check_hash(local: str, file: PretrainedFile, path: str) -> str:
     """sha-256 (hex) of a file; ArtefactError when it is not that of the published file."""
-    digest = hashlib.sha256()
-    with open(local, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    found = file_sha256(local)
     if not found.startswith(file.sha256):
         raise ArtefactError(
             f"{path} has sha-256 {found}, but {file.name} has {file.sha256}. Fetch it again from {file.url}."
@@ -103,7 +98,7 @@ def _download(file: PretrainedFile, path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "weights")
         try:
-            urllib.request.urlretrieve(file.url, local)
+            fetch(file.url, local)
         except OSError as error:
             raise TesseraError(
                 f"evaluation.download_weights is true, but {file.url} cannot be fetched ({error}). "

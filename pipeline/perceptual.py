@@ -1,23 +1,20 @@
 """The weights of the perceptual loss: from a path, S3 or the web to tensors, checked against a hash."""
 
-import hashlib
 import os
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.downloads import fetch, file_sha256
 from stages.errors import ConfigError, StorageError
 from stages.first_stage.lpips import Lpips
 from stages.first_stage.unpickle import read_checkpoint
 from stages.options import TokenizerTrainOptions
 
-SECONDS = 60
 MIN_DIGITS = 8  # of a hash that is shortened, as in the names of torchvision's files
-CHUNK = 1 << 20
 
 
 def load_lpips(train: TokenizerTrainOptions) -> tuple[Lpips, dict[str, str]] | None:
@@ -72,9 +69,7 @@ def _local_file(key: str, address: str, expected: str | None) -> Iterator[str]:
 
 def _download(key: str, address: str, path: str) -> None:
     try:
-        with urllib.request.urlopen(address, timeout=SECONDS) as answer, open(path, "wb") as file:
-            while chunk := answer.read(CHUNK):
-                file.write(chunk)
+        fetch(address, path)
     except OSError as error:
         raise StorageError(
             f"tokenizer_train.{key} is {address}, but it cannot be downloaded ({error}). Download it elsewhere and name the file."
@@ -82,8 +77,7 @@ def _download(key: str, address: str, path: str) -> None:
 
 
 def _check_hash(key: str, address: str, path: str, expected: str | None) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if expected is not None and (len(expected) < MIN_DIGITS or not found.startswith(expected.lower())):
         raise ConfigError(
             f"tokenizer_train.{key}_sha256 is {expected}, but {address} has {found}. Check the file, or correct the hash."

@@ -1,5 +1,11 @@
 """Tiny objects that several test files use."""
 
+import functools
+import itertools
+import os
+import signal
+from typing import Any
+
 from stages.config import build
 from stages.first_stage.tokenizer import TokenizerConfig
 from stages.options import Config
@@ -66,3 +72,18 @@ def tiny_config(folder, **sections):
         },
     }
     return build(Config, {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}})
+
+
+def kill_at_call(owner: Any, name: str, number: int, *, is_after: bool) -> None:
+    """Makes this process kill itself at the so-many-th call of a function: before it, or after it."""
+    call, numbers = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(call)
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if next(numbers) == number:
+            if is_after:
+                call(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+
+    setattr(owner, name, deadly)

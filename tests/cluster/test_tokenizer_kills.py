@@ -13,7 +13,7 @@ import time
 import pytest
 import torch.multiprocessing
 from cluster_support import running_cluster, wait_until
-from tests_support import tiny_config
+from tests_support import kill_at_call, tiny_config
 from tokenizer_support import begin, numbers_of, options_for, train
 
 from cluster import checkpointer, checkpoints, tokenizer_loop
@@ -33,20 +33,9 @@ TRAIN = {"num_samples": 144, "discriminator_start_samples": 32, "lecam_weight": 
 
 def die_at(point, rank):
     """Makes a rank kill itself at a point: before the call, or after it for "committed"."""
-    if os.environ["RANK"] != str(rank):
-        return
-    owner, name, fatal = TARGETS[point]
-    call, numbers = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(call)
-    def deadly(*args, **kwargs):
-        if next(numbers) == fatal:
-            if point == "committed":
-                call(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-
-    setattr(owner, name, deadly)
+    if os.environ["RANK"] == str(rank):
+        owner, name, number = TARGETS[point]
+        kill_at_call(owner, name, number, is_after=point == "committed")
 
 
 @pytest.fixture(scope="module")

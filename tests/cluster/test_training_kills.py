@@ -14,6 +14,7 @@ import pytest
 import torch.multiprocessing
 from cluster_support import running_cluster, wait_until
 from job_support import write_train_job
+from tests_support import kill_at_call
 from train_support import RECIPE, losses, options_for, train
 
 from cluster import checkpointer, checkpoints, train_loop, universal
@@ -30,27 +31,13 @@ TARGETS = {
     "prune": (checkpoints, "prune"),
     "convert": (universal, "convert"),
 }
-CALLS = {"step": 5, "prune": 1}  # at which call of a point to die; the second checkpoint's, if not given
+CALLS = {"step": 5, "prune": 1, "convert": 1}  # at which call of a point to die; the second checkpoint's, if not given
 
 
 def die_at(point, rank):
     """Makes a rank kill itself at a point: before the call, or after it for "committed"."""
-    if os.environ["RANK"] != str(rank):
-        return
-    owner, name = TARGETS[point]
-    call, fatal, numbers = getattr(owner, name), CALLS.get(point, 2), itertools.count(1)
-    if point == "convert":
-        fatal = 1
-
-    @functools.wraps(call)
-    def deadly(*args, **kwargs):
-        if next(numbers) == fatal:
-            if point == "committed":
-                call(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-
-    setattr(owner, name, deadly)
+    if os.environ["RANK"] == str(rank):
+        kill_at_call(*TARGETS[point], CALLS.get(point, 2), is_after=point == "committed")
 
 
 @pytest.fixture(scope="module")

@@ -97,22 +97,27 @@ class Checkpointer:
 
     def _publish(self, path: str, staging: Staging | None) -> Entries:
         """Syncs (already in place) or moves this rank's share of the files and returns their entries."""
-        folder = path if staging is None else staging.path
+        try:
+            return self._moved(path, path if staging is None else staging.path)
+        finally:
+            if staging is not None:
+                staging.close()
+
+    def _moved(self, path: str, folder: str) -> Entries:
+        """This rank's files in `folder`, once they are in `path`."""
+        is_in_place = folder == path
         names = sorted(
             os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
         )
-        if staging is None:
+        if is_in_place:
             names = names[self.rank :: self.world_size]  # the folder is shared, so ranks split the hashing
         with _storage_errors(self.run_path):
             for name in names:
-                if staging is None:
+                if is_in_place:
                     checkpoints.sync_file(os.path.join(folder, name))
                 else:
                     storage.put_file_if_absent(storage.join(path, name), os.path.join(folder, name))
-            entries = [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
-        if staging is not None:
-            staging.close()
-        return entries
+            return [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
 
     def finish(self) -> checkpoints.Commit | None:
         """Waits for every rank and commits; None when nothing is pending.

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.loader import num_micro_batches
 from stages.options import DeepSpeedOptions, OptimOptions, TrainOptions
-from stages.second_stage.transformer import TransformerConfig
+from stages.second_stage.transformer import TransformerConfig, matrix_sizes, other_sizes
 
 # Constants of DeepSpeed: what stage 0 reduces at once (engine.py, MEMORY_OPT_ALLREDUCE_SIZE), and up to which size stage 3 leaves
 # a parameter whole (stage3_param_persistence_threshold).
@@ -51,26 +51,6 @@ def row_flop(config: TransformerConfig) -> int:
 def steps_per_second(flop_per_step: float, num_gpus: int, gpu: Gpu, mfu: float) -> float:
     """Optimizer steps per second if every GPU reaches the share `mfu` of its peak."""
     return num_gpus * gpu.peak_flop * mfu / flop_per_step
-
-
-def matrix_sizes(config: TransformerConfig) -> list[int]:
-    """Elements of every weight that decays, which is the larger of the two optimizer groups: those of the linear layers."""
-    c = config.hidden_size
-    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
-    block = [3 * c * c, c * c, inner * c, c * config.ffn_size]
-    return config.num_layers * block + [config.codebook_size * c]
-
-
-def other_sizes(config: TransformerConfig) -> list[int]:
-    """Elements of every other parameter: embeddings, norms and biases."""
-    c = config.hidden_size
-    norm = [c, c] if config.norm == "layer" else [c]
-    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
-    block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
-    prefix = (config.num_classes + 1 if config.conditioning in ("class", "codes") else 1) * c
-    is_learned = config.positions == "learned"
-    positions = [config.num_positions * c] * is_learned
-    return config.num_layers * block + norm + [prefix, config.codebook_size * c, *positions]
 
 
 def activation_bytes(

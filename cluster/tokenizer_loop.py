@@ -55,12 +55,9 @@ def tokenizer_worker(
     """
     keep_freed_memory()
     torch.set_num_threads(num_threads)
-    watchdog = Watchdog(options.scaling.hang_timeout_seconds)
-    try:
-        with StepTimer(torch.device("cuda") if torch.cuda.is_available() else None) as timer:
-            _run(options, inputs, should_leave, watchdog, timer)
-    finally:
-        watchdog.stop()
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    with Watchdog(options.scaling.hang_timeout_seconds) as watchdog, StepTimer(device) as timer:
+        _run(options, inputs, should_leave, watchdog, timer)
 
 
 def _run(

@@ -42,12 +42,9 @@ def train_worker(options: TrainJobOptions, num_threads: int, should_leave: Calla
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(options.train.deterministic)
-    watchdog = Watchdog(options.scaling.hang_timeout_seconds)
-    try:
-        with StepTimer(torch.device("cuda") if torch.cuda.is_available() else None) as timer:
-            _run(options, num_threads, should_leave, watchdog, timer)
-    finally:
-        watchdog.stop()
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    with Watchdog(options.scaling.hang_timeout_seconds) as watchdog, StepTimer(device) as timer:
+        _run(options, num_threads, should_leave, watchdog, timer)
 
 
 def _run(

@@ -15,6 +15,8 @@ MAX_POLL_SECONDS = 5.0
 class Watchdog:
     """Ends this process when `feed` was not called for `timeout_seconds`, after printing what every thread was doing.
 
+    In a `with` statement it watches what is inside.
+
     A rank that hangs keeps all others waiting in a collective; each of them has a watchdog, so the whole group ends. A stopped
     process cannot end itself: Ray finds that it answers no health check.
     """
@@ -24,6 +26,12 @@ class Watchdog:
         self._fed_at = time.monotonic()
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
 
     def feed(self) -> None:
         """There was progress."""

@@ -173,7 +173,7 @@ def evaluate_and_compare(options: EvaluateOptions, other_path: str) -> dict[str,
     other, preparation = read_record(other_path), prepare(options)
     planned = {**preparation.description, "identity": preparation.identity}
     check_comparable(other.path, other.content, "this evaluation", planned)
-    record = evaluate(options)
+    record = evaluate(options, preparation=preparation)
     differences = compare(other, record)
     for found in differences:
         error = f" ± {found.standard_error:.3g}" if found.standard_error else ""

@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
-from evaluation.prepare import CHECKPOINT, EvaluateOptions, prepare
+from evaluation.prepare import CHECKPOINT, EvaluateOptions, Preparation, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.resources import reserved
 from pipeline import storage
@@ -34,10 +34,17 @@ PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
 Progress = Callable[[dict[str, int], dict[str, int]], None]
 
 
-def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Record:
+def evaluate(
+    options: EvaluateOptions, progress: Progress | None = None, preparation: Preparation | None = None
+) -> Record:
     """Measures a checkpoint or tokenizer and stores the record, or returns that of the same evaluation if there is one.
 
     Ray must be connected.
+
+    Args:
+        options: what is measured, and how.
+        progress: called while it is.
+        preparation: of these options, where it was made before.
 
     Raises:
         ArtefactError: checkpoint, code dataset and tokenizer do not belong together, or one is missing or damaged.
@@ -45,7 +52,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Reco
         TesseraError: actors keep dying, images cannot be read, or the store lets two writers of one key both win.
     """
     begin = time.monotonic()
-    preparation = prepare(options)
+    preparation = preparation or prepare(options)
     identifier = record_id(preparation.identity)
     present = find_record(options.evaluation.path, identifier)
     if present is not None:

@@ -135,7 +135,7 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, deadline: float)
         night.present[path] = record.path
     else:
         try:
-            night.evaluated[path] = evaluate(options, _progress_until(deadline)).path
+            night.evaluated[path] = evaluate(options, _progress_until(deadline), preparation).path
         except BudgetSpent as error:
             logger.warning("%s is left for another night: %s", path, error)
             night.out_of_time.append(path)

@@ -60,6 +60,10 @@ class EvaluateOptions:
     checkpoint: str | None = "latest"
     seed: int | None = None
 
+    def draws(self) -> SamplingOptions:
+        """How samples are drawn, with the seed that counts."""
+        return self.sampling if self.seed is None else dataclasses.replace(self.sampling, seed=self.seed)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Preparation:
@@ -90,9 +94,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
     plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
-    sampling = dataclasses.replace(
-        options.sampling, seed=options.sampling.seed if options.seed is None else options.seed
-    )
+    sampling = options.draws()
     holdout = _choose_holdout(source, evaluation.num_samples)
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
     references = prepare_references(deciding, source, plan, extractors)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from evaluation.compare import direction
-from evaluation.evaluate import EvaluateOptions, evaluate, prepare
+from evaluation.evaluate import EvaluateOptions, evaluate
 from evaluation.hashing import canonical_hash
 from evaluation.records import Record
 from pipeline import storage
@@ -68,7 +68,7 @@ def sweep(options: EvaluateOptions, settings: SweepOptions) -> dict[str, Any]:
     chosen = [trial.sampling for trial in ranked[: settings.num_confirmed]]
     if options.sampling not in chosen:
         chosen.append(options.sampling)
-    seed = prepare(options).assignment.sampling.seed + 1
+    seed = options.draws().seed + 1
     many = dataclasses.replace(options, seed=seed)
     confirmed = _best_first([_try(many, sampling, settings.metric) for sampling in chosen])
     for trial in confirmed:

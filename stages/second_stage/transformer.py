@@ -111,16 +111,29 @@ def transformer_config(
     )
 
 
+def matrix_sizes(config: TransformerConfig) -> list[int]:
+    """Elements of every weight that decays, which is the larger of the two optimizer groups: those of the linear layers."""
+    c = config.hidden_size
+    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
+    block = [3 * c * c, c * c, inner * c, c * config.ffn_size]
+    return config.num_layers * block + [config.codebook_size * c]
+
+
+def other_sizes(config: TransformerConfig) -> list[int]:
+    """Elements of every other parameter: embeddings, norms and biases."""
+    c = config.hidden_size
+    norm = [c, c] if config.norm == "layer" else [c]
+    inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
+    block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
+    prefix = (1 if config.conditioning == "none" else config.num_classes + 1) * c
+    is_learned = config.positions == "learned"
+    positions = [config.num_positions * c] * is_learned
+    return config.num_layers * block + norm + [prefix, config.codebook_size * c, *positions]
+
+
 def num_parameters(config: TransformerConfig) -> int:
     """Parameters of the module, without building it."""
-    c = config
-    num_ffn, ffn_bias = (2, c.ffn_size + c.hidden_size) if c.ffn == "gelu" else (3, 2 * c.ffn_size + c.hidden_size)
-    per_norm = c.hidden_size * (2 if c.norm == "layer" else 1)
-    per_layer = 4 * c.hidden_size**2 + num_ffn * c.hidden_size * c.ffn_size + 2 * per_norm + 2 * c.head_size * c.qk_norm
-    per_layer += (4 * c.hidden_size + ffn_bias) * c.bias
-    prefix = (c.num_classes + 1 if c.conditioning in ("class", "codes") else 1) * c.hidden_size
-    positions = c.num_positions * c.hidden_size if c.positions == "learned" else 0
-    return c.num_layers * per_layer + 2 * c.codebook_size * c.hidden_size + prefix + positions + per_norm
+    return sum(matrix_sizes(config)) + sum(other_sizes(config))
 
 
 def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, base: float) -> Tensor:

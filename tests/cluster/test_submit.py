@@ -134,7 +134,7 @@ class TestJobs:
         uploaded = {
             str(path.relative_to(package)) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"
         }
-        assert {"ray_job.py", "configs/demo.yaml", "stages/options.py", "evaluation/report.html.j2"} <= uploaded
+        assert {"ray_job.py", "configs/demo.yaml", "stages/options/transformer.py", "evaluation/report.html.j2"} <= uploaded
         assert not {name.split("/")[0] for name in uploaded} & set(LOCAL_ONLY)
         assert sum((package / name).stat().st_size for name in uploaded) < 2 << 20
         assert not [name for name in uploaded if SECRET.encode() in (package / name).read_bytes()]

@@ -13,6 +13,7 @@ if not __package__:  # run as a file: this folder would hide Python's own module
 sys.path.append(sys.path[0] + "/tests")
 
 import argparse
+import glob
 import json
 import os
 import random
@@ -31,22 +32,32 @@ from pipeline import storage
 SECTIONS: dict[str, Any] = {
     "model": {"num_layers": 6, "hidden_size": 256, "num_heads": 4},
     "deepspeed": {"zero_stage": 1},
-    "scaling": {"num_workers": 2, "cpus_per_worker": 1, "max_failures": 100},
+    "scaling": {"num_workers": 2, "cpus_per_worker": 1, "threads_per_worker": 1, "max_failures": 100},
 }
 CHECKPOINT_SECONDS = 10.0
+UNDER_WAY_SECONDS = 3.0  # after a kill, steps of the group that was hit may still end
 
 
 def lines(run: str) -> list[dict[str, Any]]:
-    """Every line of every attempt's live view, in order of time."""
-    found = []
-    for path in storage.list_files(storage.join(run, "metrics"), ".jsonl"):
-        found += [json.loads(line) for line in storage.read_bytes(path).split(b"\n")[:-1]]
-    return sorted(found, key=lambda line: line["time"])
+    """Every line of the newest attempt's live view, in order of time."""
+    paths = glob.glob(os.path.join(run, "metrics", "*.jsonl"))
+    if not paths:
+        return []
+    return [json.loads(line) for line in storage.read_bytes(max(paths, key=os.path.getctime)).split(b"\n")[:-1]]
 
 
 def steps_after(run: str, moment: float) -> list[dict[str, Any]]:
-    """Lines of the steps that ended after a moment."""
+    """Lines of the newest attempt's steps that ended after a moment."""
     return [line for line in lines(run) if "event" not in line and line["time"] > moment]
+
+
+def wait_for_step(run: str, moment: float) -> float:
+    """Waits for a step that ends after a moment, and returns when it ended. Looks rarely, as the workers have all cores."""
+    deadline = time.time() + 300
+    while not (found := steps_after(run, moment)):
+        assert time.time() < deadline, "no step within 300 s"
+        time.sleep(0.5)
+    return found[0]["time"]
 
 
 def parts_since(run: str, moment: float, cluster: Cluster) -> dict[str, float]:
@@ -74,16 +85,14 @@ def measure(folder: str, minutes: float, kill_every: float) -> None:
     with running_cluster((0, 1, 1)) as cluster:
         started = time.time()
         cluster.start("ray_job.py", "train", "-c", config)
-        wait_until(lambda: bool(steps_after(run, started)), "the first step", seconds=300)
+        wait_for_step(run, started)
         show("from the command to the first step", parts_since(run, started, cluster))
         for _ in range(3):
             wait_until(lambda: len(checkpoints.list_commits(run)) > 0, "a commit", seconds=300)
             time.sleep(15)
             killed = time.time()
             cluster.train_worker(random.randrange(2)).kill()
-            time.sleep(3)  # what was under way before
-            began = killed + 3
-            wait_until(lambda: bool(steps_after(run, began)), "a step after the kill", seconds=300)
+            wait_for_step(run, killed + UNDER_WAY_SECONDS)
             show("from a kill to the next step", parts_since(run, killed, cluster))
         if minutes:
             under_fire(cluster, run, minutes, kill_every)
@@ -96,8 +105,7 @@ def under_fire(cluster: Cluster, run: str, minutes: float, kill_every: float) ->
         time.sleep(max(0.0, began + kill_every * (len(waits) + 1) - time.time()))
         killed = time.time()
         cluster.train_worker(random.randrange(2)).kill()
-        wait_until(lambda: bool(steps_after(run, killed + 3)), "a step after the kill", seconds=300)
-        waits.append(steps_after(run, killed + 3)[0]["time"] - killed)
+        waits.append(wait_for_step(run, killed + UNDER_WAY_SECONDS) - killed)
     seconds, steps = time.time() - began, read_metrics(run)[first:]
     typical = statistics.median(line["seconds"] for line in steps)
     stall = sum(line["part_seconds"]["checkpoint"] for line in steps) / sum(line["seconds"] for line in steps)

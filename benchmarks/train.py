@@ -10,7 +10,7 @@ bare loop    the same transformer as shipped and fused AdamW in a plain loop; wi
              are clipped as shipped.
 as shipped   `cluster.train_loop`: loader, DeepSpeed ZeRO 1, checks, logs, live views.
 
-Codes are random, and in memory but for the run as shipped. With train.checkpoint_every_seconds=60, and enough steps, that one commits
+On a GPU products of bf16 are compared with its data sheet, and blocks are compiled unless train.compile=false. Codes are random, and in memory but for the run as shipped. With train.checkpoint_every_seconds=60, and enough steps, that one commits
 while it is measured. The last 2 of a run's steps and the first 2 do not count.
 """
 
@@ -37,8 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.loader import CODEBOOK_SIZE, GRID, write_dataset
+from cluster.deepspeed_engine import compiles_blocks
 from cluster.estimates import row_flop
-from cluster.peak_flops import measured_peak_flops
+from cluster.peak_flops import gpu_peak_flops, measured_peak_flops
 from cluster.step_timer import CHECKPOINT, DATA
 from cluster.train_loop import train_worker
 from cluster.train_metrics import read_metrics
@@ -50,6 +51,7 @@ from stages.second_stage.transformer import Transformer, TransformerConfig, nll,
 NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS, NUM_CODES = 12, 512, 8, GRID[0] * GRID[1]
 NUM_WARM_UP, NUM_COOL_DOWN, NUM_DATASET_ROWS = 2, 2, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,14 +107,20 @@ def measure_loop(setting: Setting, steps: Iterator[float]) -> Measured:
         next(steps)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-    peak = measured_peak_flops(DTYPES[setting.precision], setting.num_threads)
-    return Measured(seconds=statistics.median(seconds[NUM_WARM_UP:]), peak_flops=peak)
+    return Measured(seconds=statistics.median(seconds[NUM_WARM_UP:]), peak_flops=peak_flops(setting))
+
+
+def peak_flops(setting: Setting) -> float:
+    """FLOP/s of matrix products: as measured now on a CPU, by the data sheet on a GPU, there always in bf16."""
+    if DEVICE.type == "cuda":
+        return gpu_peak_flops(torch.cuda.get_device_name()) or float("nan")
+    return measured_peak_flops(DTYPES[setting.precision], setting.num_threads)
 
 
 def random_codes(setting: Setting) -> Iterator[Tensor]:
     """Batches (rows, 256) for ever."""
     while True:
-        yield torch.randint(CODEBOOK_SIZE, (setting.num_rows, NUM_CODES))
+        yield torch.randint(CODEBOOK_SIZE, (setting.num_rows, NUM_CODES), device=DEVICE)
 
 
 def original(setting: Setting, folder: str) -> Measured:
@@ -122,13 +130,14 @@ def original(setting: Setting, folder: str) -> Measured:
     from oracles import taming
 
     dropouts = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), setting.dropout)
-    sizes = {"n_layer": NUM_LAYERS, "n_head": NUM_HEADS, "n_embd": HIDDEN_SIZE}
-    model = taming("modules.transformer.mingpt").GPT(CODEBOOK_SIZE, NUM_CODES, **sizes, **dropouts)
+    ours = setting.config(folder).model
+    sizes = {"n_layer": ours.num_layers, "n_head": ours.num_heads, "n_embd": ours.hidden_size}
+    model = taming("modules.transformer.mingpt").GPT(CODEBOOK_SIZE, NUM_CODES, **sizes, **dropouts).to(DEVICE)
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     others = [p for p in model.parameters() if not any(p is weight for weight in decayed)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
-    condition = torch.zeros(setting.num_rows, 1, dtype=torch.long)
+    condition = torch.zeros(setting.num_rows, 1, dtype=torch.long, device=DEVICE)
 
     def steps() -> Iterator[float]:
         for codes in random_codes(setting):
@@ -147,7 +156,10 @@ def bare_loop(setting: Setting, folder: str) -> Measured:
     keep_freed_memory()
     torch.set_num_threads(setting.num_threads)
     config, dtype = setting.config(folder), DTYPES[setting.precision]
-    model = Transformer(transformer_of(setting)).to(dtype).train()
+    model = Transformer(transformer_of(setting)).to(DEVICE, dtype).train()
+    if compiles_blocks(config.train, config.deepspeed):
+        for block in model.blocks:
+            block.compile(dynamic=False)
     weights = list(model.parameters())
     masters = weights if dtype == torch.float32 else [weight.detach().float() for weight in weights]
     master_of = {weight: master for weight, master in zip(weights, masters)}
@@ -155,7 +167,7 @@ def bare_loop(setting: Setting, folder: str) -> Measured:
     for group in groups:
         group["params"] = [master_of[weight] for weight in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    labels = torch.full((setting.num_rows,), -1)
+    labels = torch.full((setting.num_rows,), -1, device=DEVICE)
 
     def steps() -> Iterator[float]:
         for codes in random_codes(setting):
@@ -178,9 +190,12 @@ def bare_loop(setting: Setting, folder: str) -> Measured:
 def as_shipped(setting: Setting, folder: str) -> Measured:
     """Our training loop on a code dataset, in a process group of one."""
     logging.disable(logging.WARNING)
-    write_dataset(f"{folder}/codes", np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (NUM_DATASET_ROWS, NUM_CODES), np.uint16))
+    write_dataset(
+        f"{folder}/codes", np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (NUM_DATASET_ROWS, NUM_CODES), np.uint16)
+    )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     train_worker(select_sections(TrainJobOptions, setting.config(folder)), setting.num_threads)
     dist.destroy_process_group()
     lines = read_metrics(f"{folder}/run")[NUM_WARM_UP:-NUM_COOL_DOWN]
@@ -189,7 +204,7 @@ def as_shipped(setting: Setting, folder: str) -> Measured:
         seconds=statistics.median(line["seconds"] for line in lines),
         data_share=sum(line["part_seconds"][DATA] for line in lines) / total,
         checkpoint_share=sum(line["part_seconds"][CHECKPOINT] for line in lines) / total,
-        peak_flops=measured_peak_flops(DTYPES[setting.precision], setting.num_threads),
+        peak_flops=peak_flops(setting),
     )
 
 
@@ -245,7 +260,9 @@ def show(measured: dict[str, list[Measured]], num_rows: int, flop_per_row: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for the runs as shipped and the bare loop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="for the runs as shipped and the bare loop"
+    )
     parser.add_argument("--num-threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--num-rows", type=int, default=32, help="per step")
     parser.add_argument("--num-steps", type=int, default=4, help="that count, per run")
@@ -260,8 +277,11 @@ def main() -> None:
                 function, changes = CONTENDERS[name]
                 setting = Setting(**sizes, **changes, overrides=tuple(args.overrides))
                 measured[name].append(in_own_process(function, setting))
-        print(f"{num_threads} threads, {args.num_rows} rows per step, {NUM_LAYERS} layers x {HIDDEN_SIZE}, {NUM_CODES} codes")
-        flop = row_flop(transformer_of(Setting(**sizes, dropout=0.0, overrides=tuple(args.overrides))))
+        shape = transformer_of(Setting(**sizes, dropout=0.0, overrides=tuple(args.overrides)))
+        print(
+            f"{num_threads} threads, {args.num_rows} rows per step, {shape.num_layers} layers x {shape.hidden_size}, {NUM_CODES} codes"
+        )
+        flop = row_flop(shape)
         show({name: repeats for name, repeats in measured.items() if repeats}, args.num_rows, flop)
 
 

@@ -29,7 +29,7 @@ def check_config(config: Config) -> None:
     codebook_size = check_networks(config.tokenizer, config.tokenizer_train, config.images)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
-    _check_offloading(config.deepspeed)
+    _check_zero_stage(config.deepspeed, config.train)
     _check_retention(config.train)
     bits = num_bits(codebook_size)
     if bits > MAX_CODE_BITS:
@@ -56,7 +56,7 @@ def _check_num_workers(scaling: ScalingOptions) -> None:
         )
 
 
-def _check_offloading(deepspeed: DeepSpeedOptions) -> None:
+def _check_zero_stage(deepspeed: DeepSpeedOptions, train: TrainOptions) -> None:
     stage = deepspeed.zero_stage
     if deepspeed.offload_optimizer and stage < 1:
         raise ConfigError(
@@ -67,6 +67,11 @@ def _check_offloading(deepspeed: DeepSpeedOptions) -> None:
         raise ConfigError(
             f"deepspeed.offload_parameters is true, but it needs deepspeed.zero_stage=3, which is {stage}. Set deepspeed.zero_stage=3 "
             f"or turn it off."
+        )
+    if train.compile and stage == 3:
+        raise ConfigError(
+            "train.compile is true, but with deepspeed.zero_stage=3 weights are gathered inside the blocks, where compiled code cannot wait "
+            "for them. Lower deepspeed.zero_stage or set train.compile=false."
         )
 
 

@@ -14,6 +14,7 @@ from cluster.sampler_actor import SamplerActor
 from pipeline import storage
 from pipeline.grids import grid_png
 from pipeline.progress import Progress
+from pipeline.shard_jobs import gpus_per_actor
 from stages.config import to_yaml
 from stages.options import RunOptions, SamplingOptions, TokenizerOptions
 
@@ -45,7 +46,8 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64 (n,) in order of the global sample index.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
-    actor: Any = ray.remote(num_cpus=1)(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
+    on_one = ray.remote(num_cpus=1, num_gpus=gpus_per_actor(1))
+    actor: Any = on_one(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
     size = options.sampling.group_size
     num_samples = options.sampling.num_samples
     images, codes = [], []

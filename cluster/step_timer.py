@@ -74,7 +74,8 @@ class StepTimer:
 
     def __enter__(self) -> "StepTimer":
         self._restore = [_wrap(dist.Work, "wait", self._collective)]
-        self._restore += [_wrap(dist.ProcessGroup, name, self._collective) for name in COLLECTIVES]
+        known = [name for name in COLLECTIVES if hasattr(dist.ProcessGroup, name)]  # versions of torch differ
+        self._restore += [_wrap(dist.ProcessGroup, name, self._collective) for name in known]
         return self
 
     def __exit__(self, *exception: object) -> None:

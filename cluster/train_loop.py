@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ def train_worker(options: TrainJobOptions, num_threads: int, should_leave: Calla
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(options.train.deterministic)
+    if options.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in any order
     device = torch.device("cuda") if torch.cuda.is_available() else None
     with Watchdog(options.scaling.hang_timeout_seconds) as watchdog, StepTimer(device) as timer:
         _run(options, num_threads, should_leave, watchdog, timer)

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from cluster import checkpoints
@@ -22,16 +23,20 @@ logger = logging.getLogger(__name__)
 ELASTIC_START_SECONDS = 60
 
 
-class _LocalTrainer(TorchTrainer):
-    """A trainer without Ray's placement-group cleaner, which outlives a driver to free what it held in a cluster.
+class _Trainer(TorchTrainer):
+    """A trainer without what its workers must not wait for, or must not have.
 
-    A local instance ends with its driver. There the cleaner does harm: it asks the dashboard whether the job lives, finds
-    that of any other Ray on the machine, and ends our workers because that one does not know them.
+    Every start of a group starts an actor for its Ray datasets, of which our workers use none: a second of a core per restart.
+
+    The placement-group cleaner outlives a driver to free what it held in a cluster; a local instance ends with its driver. There the
+    cleaner does harm: it asks the dashboard whether the job lives, finds that of any other Ray on the machine, and ends our workers
+    because that one does not know them.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
+        unwanted = (DatasetsCallback,) if has_cluster() else (DatasetsCallback, PlacementGroupCleanerCallback)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # not in the public stubs
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [callback for callback in callbacks if not isinstance(callback, unwanted)]
 
 
 def run_workers(
@@ -62,8 +67,7 @@ def run_workers(
         local_world_size = ray.train.get_context().get_local_world_size()
         worker(options, scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size), *extra)
 
-    trainer_class = TorchTrainer if has_cluster() else _LocalTrainer
-    trainer = trainer_class(
+    trainer = _Trainer(
         run_rank,
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(

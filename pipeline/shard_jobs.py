@@ -45,7 +45,7 @@ def encode_missing_shards(job: ShardJob, num_shards: int) -> None:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
-            num_gpus=gpus_per_encoder(job.codes.num_encoder_actors),
+            num_gpus=gpus_per_actor(job.codes.num_encoder_actors),
             compute=ray.data.ActorPoolStrategy(size=job.codes.num_encoder_actors),
             fn_constructor_kwargs={"job": job},
         )
@@ -62,9 +62,9 @@ def shards_per_decoder(num_encoder_actors: int) -> int | None:
     return SHARDS_PER_DECODER if has_other_cpus else None
 
 
-def gpus_per_encoder(num_encoder_actors: int) -> float:
-    """An equal share of the cluster's GPUs for each encoder, at most one; 0 in a cluster without GPUs."""
-    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_encoder_actors)
+def gpus_per_actor(num_actors: int) -> float:
+    """An equal share of the cluster's GPUs for each of so many actors, at most one; 0 in a cluster without GPUs."""
+    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_actors)
 
 
 def _wait(committed: ray.data.Dataset, num_missing: int) -> None:

@@ -1,9 +1,10 @@
-"""The training loop in real process groups (gloo) without Ray, on a tiny code dataset."""
+"""The training loop in real process groups without Ray, on a tiny code dataset: gloo, or NCCL where there is a GPU."""
 
 import multiprocessing
 import os
 import socket
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from code_dataset_support import Recipe
@@ -33,7 +34,8 @@ def worker(rank, world_size, port, options, prepare, should_leave, loop):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
     prepare()
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     loop(options, 1, should_leave)
     dist.destroy_process_group()
 
@@ -44,9 +46,8 @@ def start(options, world_size, prepare=nothing, should_leave=never, loop=train_w
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     arguments = (world_size, port, options, prepare, should_leave, loop)
-    return torch.multiprocessing.start_processes(
-        worker, arguments, nprocs=world_size, start_method="forkserver", join=False
-    )
+    method = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA does not survive a fork
+    return torch.multiprocessing.start_processes(worker, arguments, nprocs=world_size, start_method=method, join=False)
 
 
 def train(options, world_size, prepare=nothing, should_leave=never):

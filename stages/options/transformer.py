@@ -22,7 +22,9 @@ class ModelOptions:
     hidden_size: int = option(768, "Width.", low=8)
     num_heads: int = option(12, "Attention heads; hidden_size / num_heads must be a multiple of 4 (2-D RoPE).", low=1)
     ffn_size: int | None = option(
-        None, "Width inside the feed-forward layer; 8/3 hidden_size rounded up to 64, or 4 hidden_size with gelu, if not given.", low=8
+        None,
+        "Width inside the feed-forward layer; 8/3 hidden_size rounded up to 64, or 4 hidden_size with gelu, if not given.",
+        low=8,
     )
     residual_dropout: float = option(0.1, "Dropout on what each branch adds.", low=0.0, high=0.9)
     embedding_dropout: float = option(0.1, "Dropout on the embedded codes.", low=0.0, high=0.9)
@@ -32,7 +34,8 @@ class ModelOptions:
     norm_eps: float = option(1e-6, "Added to the variance by the norms of blocks.", above=0.0)
     ffn: Literal["swiglu", "gelu"] = option("swiglu", "Feed-forward layer: gated, or GELU as in GPT-2.")
     positions: Literal["rope", "rope-zero-prefix", "learned"] = option(
-        "rope", "2-D rotary; the same with queries and keys of the prefix set to 0, as LlamaGen has it; or a learned vector each."
+        "rope",
+        "2-D rotary; the same with queries and keys of the prefix set to 0, as LlamaGen has it; or a learned vector each.",
     )
     bias: bool = option(False, "Linear layers of blocks add a bias.")
 
@@ -100,6 +103,9 @@ class TrainOptions:
     precision: Literal["fp32", "bf16"] = option("bf16", "Compute precision of the transformer.")
     activation_checkpointing: bool = option(
         False, "Keep only the input of every block and compute the rest again: less memory, about a third more time."
+    )
+    compile: bool | None = option(
+        None, "Compile the blocks with torch.compile; if not given, on GPUs unless ZeRO-3 gathers weights in between."
     )
     spike_threshold: float = option(
         10.0,

@@ -1,7 +1,8 @@
 """Operations of the transformer, each as fast as its device allows.
 
 On accelerators they are PyTorch's fused ones. On CPUs several of those are far from what the processor can do, and others that give the
-same values, or in bfloat16 the same to about its rounding, take their place; docs/results/training.md has the measurements.
+same values, or in bfloat16 the same to about its rounding, take their place; docs/results/training.md has the measurements. Backward passes
+of our own make way where a compiler looks on, since plain formulas leave it the choice.
 
 Shapes: B batch, T positions, C width, H heads, D head size.
 """
@@ -75,11 +76,17 @@ def add_dropout(residual: Tensor, branch: Tensor, p: float, training: bool) -> T
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate and up side by side in the last dimension (Shazeer 2020)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
 
 
 def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotates pairs (first half, second half) of the last dimension by the angles behind cos and sin, (T, D / 2); gives (B, H, T, D)."""
+    if torch.compiler.is_compiling():
+        first, second = x_BTHD.transpose(1, 2).chunk(2, dim=-1)
+        return torch.cat([first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD], dim=-1)
     return _Rotate.apply(x_BTHD, cos_TD, sin_TD)
 
 

@@ -6,6 +6,7 @@ The head starts at zero, so the first loss is exactly ln(codebook_size).
 Shapes: B batch, P prefix tokens, L codes, T = P + L - 1 positions fed, C hidden_size, H heads, D head size, V codebook_size.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,17 @@ def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, b
     return torch.cat([torch.zeros(num_prefix_tokens, 2 * num_pairs), angles])
 
 
+@functools.lru_cache(maxsize=8)
+def rotations(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of all positions, (P + L, D / 2) each; made once, as every step of sampling needs them."""
+    with torch.inference_mode(False):  # else they could not be used in training later
+        angles = rope_angles(config.grid, config.num_prefix_tokens, config.head_size, config.rope_base).to(device)
+        cos_TD, sin_TD = angles.cos().to(dtype), angles.sin().to(dtype)
+    if config.positions == "rope-zero-prefix":
+        cos_TD = silence_prefix(cos_TD, config.num_prefix_tokens)
+    return cos_TD, sin_TD
+
+
 class KVCache:
     """Keys and values of all layers in tensors of fixed size (layers, 2, B, H, T, D), filled from the left."""
 
@@ -278,16 +290,10 @@ class Transformer(nn.Module):
         return self.head(self._run(self.code_embedding(codes_B)[:, None], cache.length, cache)[:, -1])
 
     def _run(self, x_BTC: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        config, t = self.config, x_BTC.shape[1]
-        prefix = self.conditioning.num_prefix_tokens
-        angles = rope_angles(config.grid, prefix, config.head_size, config.rope_base)[start : start + t].to(
-            x_BTC.device
-        )
-        cos_TD, sin_TD = angles.cos().to(x_BTC.dtype), angles.sin().to(x_BTC.dtype)
+        t = x_BTC.shape[1]
+        cos_TD, sin_TD = (table[start : start + t] for table in rotations(self.config, x_BTC.dtype, x_BTC.device))
         if self.position_embedding is not None:
             x_BTC = x_BTC + self.position_embedding(torch.arange(start, start + t, device=x_BTC.device))
-        if config.positions == "rope-zero-prefix":
-            cos_TD = silence_prefix(cos_TD, prefix - start)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:

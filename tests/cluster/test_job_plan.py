@@ -177,6 +177,10 @@ def test_the_command_takes_several_files_and_a_gpu(tmp_path, capsys):
             {"deepspeed": {"zero_stage": 2, "offload_parameters": True}},
             ["deepspeed.offload_parameters is true", "zero_stage=3", "which is 2"],
         ),
+        (
+            {"train": {"compile": True}, "deepspeed": {"zero_stage": 3}},
+            ["train.compile is true", "zero_stage=3", "compile=false"],
+        ),
         ({"train": {"keep_best": 2}}, ["train.keep_best is 2", "train.validation_path"]),
     ],
 )

@@ -91,6 +91,16 @@ def test_rotate(dtype):
 
 
 @DTYPES
+def test_compiled_they_are_the_same(dtype):
+    x, y = inputs((2, 7, 24), (2, 5, 3, 8), dtype=dtype)
+    angles = torch.rand(5, 4)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    compiled_swiglu, compiled_rotate = (torch.compile(f, backend="aot_eager", fullgraph=True) for f in (swiglu, rotate))
+    assert_same(lambda: compiled_swiglu(x), lambda: swiglu(x), [x])
+    assert_same(lambda: compiled_rotate(y, cos, sin), lambda: rotate(y, cos, sin), [y])
+
+
+@DTYPES
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(dtype, p):
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.bench
-	for part in codebook_health.py first_stage.py "evaluation.py speed" loader.py memory.py restart.py tokenize.py train.py; do \
+	for part in first_stage.py "evaluation.py speed" loader.py memory.py restart.py tokenize.py train.py; do \
 		TESSERA_ORACLES=$(VENV)/oracles $(VENV)/bench/bin/python benchmarks/$$part || exit 1; done
 
 # DeepSpeed is a source package whose build imports torch, so it comes last and without build isolation.

@@ -1,1 +1,1 @@
-"""Side-by-side measurements; every figure is a ratio to a baseline of the same run. `make bench` runs all of them."""
+"""Side-by-side measurements; figures are ratios to a baseline of the same run. `make bench` runs those that need no data."""

@@ -151,7 +151,7 @@ class _HostClock:
 
 
 class _StreamClock:
-    """Times on a CUDA stream, where a mark is passed when the work before it is done. Untried: no GPU was at hand."""
+    """Times on a CUDA stream, where a mark is passed when the work before it is done."""
 
     def __init__(self, device: torch.device):
         self._device = device

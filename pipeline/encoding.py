@@ -18,9 +18,13 @@ def use_parity_mode() -> None:
 
 
 def prepare_encoder(tokenizer: Tokenizer, device: torch.device) -> Tokenizer:
-    """The tokenizer in the memory layout that convolutions are fastest in. Codes are those of any other layout, but for near ties."""
+    """The tokenizer in the memory layout that convolutions are fastest in: on CPUs channels last, which costs a GPU a seventh.
+
+    Codes are those of the other layout, but for near ties.
+    """
     use_parity_mode()
-    return tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return tokenizer.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 @torch.inference_mode()

@@ -79,6 +79,8 @@ def sample_group(model: Transformer, options: SamplingOptions, group: int) -> np
     fed_labels = torch.cat([labels_B, model.conditioning.null(labels_B)]) if guided else labels_B
     cache = KVCache(config, len(fed_labels), model.conditioning.num_prefix_tokens + config.num_codes - 1, dtype, device)
     codes_BL = torch.empty(size, config.num_codes, dtype=torch.int64, device=device)
+    by_position = [uniforms(options.seed, indices, position) for position in range(config.num_codes)]
+    uniforms_LB = torch.from_numpy(np.stack(by_position)).to(device)  # at once, as each transfer waits for a GPU to be idle
     logits = model.prefill(fed_labels, cache)
     for position in range(config.num_codes):
         if position > 0:
@@ -89,8 +91,7 @@ def sample_group(model: Transformer, options: SamplingOptions, group: int) -> np
             chosen = without + cfg_scale_at(options, position, config.num_codes) * (with_condition - without)
         else:
             chosen = logits
-        uniforms_B = torch.from_numpy(uniforms(options.seed, indices, position))
-        codes_BL[:, position] = draw(chosen, uniforms_B, options)
+        codes_BL[:, position] = draw(chosen, uniforms_LB[position], options)
     return codes_BL.cpu().numpy()
 
 

@@ -18,6 +18,7 @@ from tests_support import kill_at_call
 from train_support import RECIPE, losses, options_for, train
 
 from cluster import checkpointer, checkpoints, train_loop, universal
+from cluster.train_metrics import read_metrics
 from cluster.verify_run import verify_run
 
 TRAIN = {"num_steps": 9, "checkpoint_every_steps": 3}
@@ -212,6 +213,26 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(tmp_path):
     sizes = [size for size, _ in itertools.groupby(c.content["world_size"] for c in commits_of(tmp_path))]
     assert sizes == [2, 1, 2]
     assert verify_run(str(tmp_path / "run")) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_that_is_announced_to_go_is_left_without_losing_a_step(tmp_path):
+    config = ray_job_config(tmp_path, train={"checkpoint_every_steps": 100_000, "num_steps": 100_000})
+    with running_cluster((0, 1, 1)) as cluster:
+        driver = cluster.start("ray_job.py", "train", "-c", config)
+        wait_until(lambda: bool(read_metrics(str(tmp_path / "run"))), "a step", driver, seconds=200)
+        leaving = cluster.nodes[2]
+        cluster.announce_preemption(leaving, seconds=60)
+        wait_until(lambda: steps_committed(tmp_path) > 0, "a commit before the node goes", driver, seconds=60)
+        step = steps_committed(tmp_path)
+        cluster.kill_node(leaving)
+        cluster.add_node(1)
+        wait_until(lambda: read_metrics(str(tmp_path / "run"))[-1]["step"] > step, "the run goes on", driver, seconds=200)
+        driver.send_signal(signal.SIGTERM)
+        _, error = driver.communicate(timeout=200)
+    assert driver.returncode == 1 and "SIGTERM ended the run at step" in error, error[-3000:]
+    assert commits_of(tmp_path)[-1].step > step and verify_run(str(tmp_path / "run")) == []
 
 
 def commits_of(folder):

@@ -79,7 +79,7 @@ class Crops:
     """Random crops of image files in memory, each a function of its number."""
 
     def __init__(self, folder: str, limit: int):
-        paths = sorted(pathlib.Path(folder).rglob("*.png"))[:limit]
+        paths = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".png", ".jpg"))[:limit]
         self.images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
     def take(self, numbers: np.ndarray, seed: int) -> Tensor:
@@ -149,7 +149,7 @@ def ratios(before: dict[str, float], after: list[dict[str, float]]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tiles", help="folder of PNG files")
+    parser.add_argument("tiles", help="folder of PNG or JPEG files")
     parser.add_argument("--vgg", help="VGG16 weights, for LPIPS")
     parser.add_argument("--heads", help="its linear heads")
     parser.add_argument("--num-steps", type=int, default=600)
@@ -174,7 +174,11 @@ def main() -> None:
         results += run_seed(seed, crops, judge, args)
         if args.output:
             pathlib.Path(args.output).write_text(json.dumps(results, indent=1))
-    print("| seed | switched on at step | FD before | worst FD after | ratio | LPIPS before | worst after | ratio |\n" + "|---" * 8 + "|")
+    print(
+        "| seed | switched on at step | FD before | worst FD after | ratio | LPIPS before | worst after | ratio |\n"
+        + "|---" * 8
+        + "|"
+    )
     for result in results:
         cells = [str(result["seed"]), str(result["switch"])]
         for name in ("fd", "lpips"):

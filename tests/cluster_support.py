@@ -165,7 +165,14 @@ class Cluster:
     def announce_preemption(self, node: Node, seconds: int) -> None:
         """Tells the cluster, as a cloud does, that a node will be taken away after so many seconds; that it is, is up to the caller."""
         (node_id,) = (found["node_id"] for found in self.state("nodes") if found["node_ip"] == node.ip)
-        command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address, "--node-id", node_id]
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "drain-node",
+            "--address",
+            self.address,
+            "--node-id",
+            node_id,
+        ]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot instance is reclaimed"]
         command += ["--deadline-remaining-seconds", str(seconds)]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)

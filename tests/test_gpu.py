@@ -91,18 +91,20 @@ def test_codes_are_those_of_a_cpu(precision, agreement):
     assert (here == there).mean() >= agreement
 
 
+@pytest.fixture(scope="module")
+def job(ray_cluster, tmp_path_factory):
+    """Folder of a finished whole job."""
+    folder = tmp_path_factory.mktemp("job")
+    sections = {"scaling": {"use_gpu": True, "cpus_per_worker": 0.5}}
+    sections["train"] = tiny_config(str(folder)).train.__dict__ | {"precision": "bf16"}
+    (folder / "config.yaml").write_text(to_yaml(tiny_config(str(folder), **sections)))
+    for command in ("train-tokenizer", "tokenize", "train", "sample", "evaluate"):
+        assert ray_job.main([command, "-c", str(folder / "config.yaml")]) == 0, command
+    return folder
+
+
 @pytest.mark.ray
 class TestWholeJob:
-    @pytest.fixture(scope="class")
-    def job(self, ray_cluster, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("job")
-        sections = {"scaling": {"use_gpu": True, "cpus_per_worker": 0.5}}
-        sections["train"] = tiny_config(str(folder)).train.__dict__ | {"precision": "bf16"}
-        (folder / "config.yaml").write_text(to_yaml(tiny_config(str(folder), **sections)))
-        for command in ("train-tokenizer", "tokenize", "train", "sample", "evaluate"):
-            assert ray_job.main([command, "-c", str(folder / "config.yaml")]) == 0, command
-        return folder
-
     def test_every_artefact_verifies(self, job):
         (record,) = Path(job, "evaluation", "records").glob("*.json")
         for path in (job / "tokenizer", job / "codes", job / "run", record):
@@ -111,7 +113,7 @@ class TestWholeJob:
     def test_the_gpu_made_the_codes(self, job):
         receipts = [json.loads(path.read_text()) for path in Path(job, "codes").rglob("*.json")]
         assert "NVIDIA" in json.dumps(receipts)
-        assert CodeDataset(str(job / "codes")).num_rows == 120
+        assert CodeDataset.open(str(job / "codes"), verify=True).num_rows == 120
 
     def test_samples_do_not_depend_on_the_bounds(self, job):
         commit = checkpoints.latest_commit(str(job / "run"))

@@ -228,7 +228,9 @@ def test_a_node_that_is_announced_to_go_is_left_without_losing_a_step(tmp_path):
         step = steps_committed(tmp_path)
         cluster.kill_node(leaving)
         cluster.add_node(1)
-        wait_until(lambda: read_metrics(str(tmp_path / "run"))[-1]["step"] > step, "the run goes on", driver, seconds=200)
+        wait_until(
+            lambda: read_metrics(str(tmp_path / "run"))[-1]["step"] > step, "the run goes on", driver, seconds=200
+        )
         driver.send_signal(signal.SIGTERM)
         _, error = driver.communicate(timeout=200)
     assert driver.returncode == 1 and "SIGTERM ended the run at step" in error, error[-3000:]

@@ -13,6 +13,7 @@ from foreign_support import tokenizer
 from oracles import taming
 from torch import nn
 
+from stages.errors import TesseraError
 from stages.first_stage.foreign import Foreign
 from stages.options import SamplingOptions
 from stages.project_config import Project, Target
@@ -117,7 +118,9 @@ def test_greedy_samples_are_those_of_the_original():
     mingpt = taming("modules.transformer.mingpt")
     gpt = compvis_gpt(1 + NUM_CODES)
     model = build(imported(gpt, LABELATOR))
-    theirs = mingpt.sample_with_past(torch.arange(CLASSES)[:, None], gpt, NUM_CODES, sample_logits=False, top_k=1, top_p=1.0)
+    theirs = mingpt.sample_with_past(
+        torch.arange(CLASSES)[:, None], gpt, NUM_CODES, sample_logits=False, top_k=1, top_p=1.0
+    )
     ours = sample_group(model, SamplingOptions(top_k=1, group_size=CLASSES), 0)
     assert np.array_equal(ours, theirs.numpy())
 
@@ -152,7 +155,11 @@ class LlamaGenGpt(nn.Module):
     def rotations(self, side, head_size):
         """e^(i angle) per position and pair; 0 at the class, whose queries and keys vanish."""
         frequencies = [10000.0 ** (-2 * j / (head_size // 2)) for j in range(head_size // 4)]
-        angles = [[row * f for f in frequencies] + [col * f for f in frequencies] for row in range(side) for col in range(side)]
+        angles = [
+            [row * f for f in frequencies] + [col * f for f in frequencies]
+            for row in range(side)
+            for col in range(side)
+        ]
         unit = torch.polar(torch.ones(side * side, head_size // 2), torch.tensor(angles))
         return torch.cat([torch.zeros(1, head_size // 2, dtype=unit.dtype), unit])
 
@@ -198,7 +205,9 @@ def test_logits_are_those_of_llamagen():
 @torch.no_grad()
 def test_the_prefix_of_llamagen_is_not_rotated_like_a_code():
     found = imported_llamagen(llamagen())
-    model, turned = build(found), build(dataclasses.replace(found, config=dataclasses.replace(found.config, positions="rope")))
+    model, turned = build(found), build(
+        dataclasses.replace(found, config=dataclasses.replace(found.config, positions="rope"))
+    )
     labels = torch.tensor([0, 6, -1])
     assert not torch.allclose(model(random_codes(), labels), turned(random_codes(), labels), atol=1e-3)
 
@@ -210,3 +219,45 @@ def test_cached_logits_of_llamagen_are_those_of_whole_sequences():
     cache = KVCache(found.config, 3, found.config.num_positions, torch.float32, "cpu")
     steps = [model.prefill(labels, cache)] + [model.step(codes[:, n], cache) for n in range(NUM_CODES - 1)]
     torch.testing.assert_close(torch.stack(steps, 1), model(codes, labels), atol=1e-5, rtol=1e-5)
+
+
+def gpt_shapes(block_size, vocabulary=48):
+    """Names and shapes of the tensors of a published Net2NetTransformer's GPT, as its checkpoints list them."""
+    linear = {
+        "attn.key": (WIDTH, WIDTH),
+        "attn.query": (WIDTH, WIDTH),
+        "attn.value": (WIDTH, WIDTH),
+        "attn.proj": (WIDTH, WIDTH),
+    }
+    linear |= {"mlp.0": (4 * WIDTH, WIDTH), "mlp.2": (WIDTH, 4 * WIDTH)}
+    found = {
+        "pos_emb": (1, block_size, WIDTH),
+        "tok_emb.weight": (vocabulary, WIDTH),
+        "head.weight": (vocabulary, WIDTH),
+    }
+    norms = ["ln_f"]
+    for layer in range(LAYERS):
+        norms += [f"blocks.{layer}.ln1", f"blocks.{layer}.ln2"]
+        found[f"blocks.{layer}.attn.mask"] = (1, 1, block_size, block_size)
+        for name, shape in linear.items():
+            found |= {f"blocks.{layer}.{name}.weight": shape, f"blocks.{layer}.{name}.bias": shape[:1]}
+    return found | {f"{norm}.{part}": (WIDTH,) for norm in norms for part in ("weight", "bias")}
+
+
+def test_the_reference_list_of_tensors_is_met():
+    """Every name and shape of a published checkpoint is taken, the original's own module has the same, and none may be missing."""
+    shapes = gpt_shapes(NUM_CODES)
+    assert {name: tuple(tensor.shape) for name, tensor in compvis_gpt(NUM_CODES).state_dict().items()} == shapes
+    masks = torch.ones(NUM_CODES, NUM_CODES).tril()[None, None]
+    tensors = {f"transformer.{n}": masks if n.endswith("mask") else torch.zeros(shape) for n, shape in shapes.items()}
+    taken = take_transformer(
+        Foreign("last.ckpt", tensors, {}), codes_tokenizer(), project=project("__is_unconditional__")
+    )
+    assert taken.weights.keys() == Transformer(taken.config).state_dict().keys()
+    for name in tensors:
+        if not name.endswith("attn.mask"):  # a constant
+            rest = {other: tensor for other, tensor in tensors.items() if other != name}
+            with pytest.raises(TesseraError):
+                take_transformer(
+                    Foreign("last.ckpt", rest, {}), codes_tokenizer(), project=project("__is_unconditional__")
+                )

@@ -42,7 +42,7 @@ def encode_missing_shards(job: ShardJob, num_shards: int) -> None:
         )
         committed = decoded.map_batches(
             ShardEncoder,
-            batch_size=None,
+            batch_size=1,  # a row is a shard; where GPUs are asked for, Ray Data takes no whole blocks
             batch_format="pyarrow",
             num_cpus=1,
             num_gpus=gpus_per_actor(job.codes.num_encoder_actors),

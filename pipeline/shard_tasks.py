@@ -49,7 +49,7 @@ class ShardJob:
 
     @property
     def decoded_schema(self) -> pa.Schema:
-        """Of a decoded shard: a row per image, null in `pixels`, `crops` and conditions where it cannot be used."""
+        """Of a decoded shard's images: null in `pixels`, `crops` and conditions where one cannot be used."""
         num_views = len(self.views)
         texts = [(name, pa.string()) for name in ("uri", "stage", "kind", "message", "sha256")]
         numbers = [("shard", pa.int32()), ("image_id", pa.int64()), ("label", pa.int32())]
@@ -69,7 +69,8 @@ def decode_shard(table: pa.Table, job: ShardJob) -> pa.Table:
         job: the job.
 
     Returns:
-        A row per image: with the pixels, crops and condition maps of all its views, or with what is wrong with it.
+        One row again, so that Ray Data never cuts or joins shards: `shard`, and in `images` a list of `decoded_schema`'s rows, each
+        with the pixels, crops and condition maps of all views of an image, or with what is wrong with it.
 
     Raises:
         OSError: storage kept failing.
@@ -77,7 +78,10 @@ def decode_shard(table: pa.Table, job: ShardJob) -> pa.Table:
     (shard,) = table["shard"].to_pylist()
     rows = ray.get(job.plan_images).filter(pc.field("shard") == shard)
     decoded = [_decode_image(row, job) for row in rows.select(["shard", "image_id", "uri", "label"]).to_pylist()]
-    return pa.Table.from_pylist(decoded, schema=job.decoded_schema)
+    images = pa.Table.from_pylist(decoded, schema=job.decoded_schema).to_struct_array().combine_chunks()
+    return pa.table(
+        {"shard": pa.array([shard], pa.int32()), "images": pa.ListArray.from_arrays([0, len(images)], images)}
+    )
 
 
 def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
@@ -143,8 +147,9 @@ class ShardEncoder:
         check_probe(self.tokenizer, job.codes, job.probe, job.codes.path)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        (shard,) = set(table["shard"].to_pylist())
-        good, bad = table.filter(pc.is_valid(table["pixels"])), table.filter(pc.is_null(table["pixels"]))
+        (shard,) = table["shard"].to_pylist()
+        images = pa.Table.from_struct_array(table["images"].chunk(0).flatten())
+        good, bad = images.filter(pc.is_valid(images["pixels"])), images.filter(pc.is_null(images["pixels"]))
         commit_shard(
             self.job.codes.path,
             self.job.plan_fingerprint,

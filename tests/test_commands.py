@@ -21,6 +21,13 @@ from stages.config import to_yaml
 ROOT = Path(__file__).parent.parent
 
 
+WITH_A_GPU = """
+import json, ray, ray_job, sys
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False)
+sys.exit(max(ray_job.main(command) for command in json.loads(sys.argv[1])))
+"""
+
+
 def run(capsys, *arguments):
     """Exit code, last line of stdout as JSON (or None), and stderr of one command."""
     code = ray_job.main([*arguments])
@@ -103,6 +110,17 @@ class TestWholeJob:
         code, summary, _ = run(capsys, "train", "-c", config, *overrides, "--json")
         assert code == 0 and summary["step"] == 8
         assert run(capsys, "verify", f"{tmp_path}/run")[0] == 0
+
+    def test_where_there_are_gpus_they_are_asked_for(self, job, tmp_path):
+        """Ray takes our word for the GPU; without a real one, what was asked for it computes on CPUs."""
+        _, config = job
+        paths = {"tokenize": "codes", "sample": "sampling", "evaluate": "evaluation"}
+        commands = [
+            [command, "-c", config, f"{section}.path={tmp_path}/{section}"] for command, section in paths.items()
+        ]
+        script = [sys.executable, "-c", WITH_A_GPU, json.dumps(commands)]
+        done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
 
     @pytest.mark.parametrize(
         "command, overrides, code, words",

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.extractors import open_extractor
+from evaluation.extractors import FEATURES, open_extractor
 from evaluation.frechet import Reference, frechet_distance
 from evaluation.statistics import GaussianStatistics
 from pipeline.image_order import augmentation
@@ -36,7 +36,7 @@ from stages.first_stage.pixels import to_float, to_uint8
 from stages.first_stage.tokenizer import Tokenizer, psnr, tokenizer_config
 from stages.first_stage.training import FirstStageTrainer
 from stages.hashing import hash64
-from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
+from stages.options import EvaluationOptions, ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
 logger = logging.getLogger("collapse")
 
@@ -98,8 +98,12 @@ class Judge:
 
     def __init__(self, held_out: Tensor, lpips: Lpips | None):
         self.held_out, self.lpips = held_out, lpips
-        self.extractor = open_extractor("efficientnet-lite0", 64)
-        self.real = Reference.of(GaussianStatistics.of(self.extractor(held_out.numpy())))
+        name = "efficientnet-lite0"
+        self.extractor = open_extractor(name, EvaluationOptions(extractor=name, extractor_resolution=64))
+        self.real = Reference.of(self.statistics(held_out))
+
+    def statistics(self, images: Tensor) -> GaussianStatistics:
+        return GaussianStatistics.of(self.extractor(images.numpy())[FEATURES])
 
     @torch.no_grad()
     def __call__(self, tokenizer: Tokenizer) -> dict[str, float]:
@@ -109,7 +113,7 @@ class Judge:
             batches.append(to_uint8(tokenizer.decode(codes)))
         made = torch.cat(batches)
         values = {"psnr": psnr(self.held_out, made).mean().item()}
-        values["fd"] = frechet_distance(GaussianStatistics.of(self.extractor(made.numpy())), self.real)
+        values["fd"] = frechet_distance(self.statistics(made), self.real)
         if self.lpips is not None:
             values["lpips"] = self.lpips(to_float(self.held_out), to_float(made)).mean().item()
         return values

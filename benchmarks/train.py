@@ -10,8 +10,10 @@ bare loop    the same transformer as shipped and fused AdamW in a plain loop; wi
              are clipped as shipped.
 as shipped   `cluster.train_loop`: loader, DeepSpeed ZeRO 1, checks, logs, live views.
 
-On a GPU products of bf16 are compared with its data sheet, and blocks are compiled unless train.compile=false. Codes are random, and in memory but for the run as shipped. With train.checkpoint_every_seconds=60, and enough steps, that one commits
+Codes are random, and in memory but for the run as shipped. With train.checkpoint_every_seconds=60, and enough steps, that one commits
 while it is measured. The last 2 of a run's steps and the first 2 do not count.
+
+On a GPU the peak is that of its data sheet in bf16, and the blocks of ours are compiled unless train.compile=false.
 """
 
 import sys

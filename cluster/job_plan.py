@@ -70,8 +70,8 @@ def _check_zero_stage(deepspeed: DeepSpeedOptions, train: TrainOptions) -> None:
         )
     if train.compile and stage == 3:
         raise ConfigError(
-            "train.compile is true, but with deepspeed.zero_stage=3 weights are gathered inside the blocks, where compiled code cannot wait "
-            "for them. Lower deepspeed.zero_stage or set train.compile=false."
+            "train.compile is true, but with deepspeed.zero_stage=3 weights are gathered inside the blocks, where compiled code cannot "
+            "wait for them. Lower deepspeed.zero_stage or set train.compile=false."
         )
 
 

@@ -53,7 +53,8 @@ def start(options, world_size, prepare=nothing, should_leave=never, loop=train_w
 def train(options, world_size, prepare=nothing, should_leave=never):
     """Runs the loop to its end and returns the run's latest commit; raises what a worker raised."""
     processes = start(options, world_size, prepare, should_leave)
-    while not processes.join():
+    # A rank that outlives another finds out by itself, as it would in a cluster: it may be about to commit.
+    while not processes.join(grace_period=20.0):
         pass
     return checkpoints.latest_commit(options.run.path)
 

@@ -32,7 +32,8 @@ TARGETS = {
     "prune": (checkpoints, "prune"),
     "convert": (universal, "convert"),
 }
-CALLS = {"step": 5, "prune": 1, "convert": 1}  # at which call of a point to die; the second checkpoint's, if not given
+# At which call of a point to die; the second checkpoint's, if not given. Before that one starts, the first is committed, however slow.
+CALLS = {"step": 8, "prune": 1, "convert": 1}
 
 
 def die_at(point, rank):

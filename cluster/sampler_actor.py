@@ -72,14 +72,19 @@ class SamplerActor:
         return sample_codes(self.model, self.sampling, start, stop)
 
     def images(self, start: int, stop: int) -> np.ndarray:
-        """Images of the global sample indices [start, stop), uint8 (n, H, W, C).
+        """Images of the global sample indices [start, stop), uint8 (n, H, W, C)."""
+        return self.images_and_codes(start, stop)[0]
+
+    def images_and_codes(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 (n, H, W, C) of the global sample indices [start, stop), and their codes int64 (n, L).
 
         Groups are decoded whole, like they are drawn, so that pixels do not depend on the bounds either.
         """
         size = self.sampling.group_size
         first, last = start // size, -(-stop // size)
-        images = np.concatenate([self.decode(self.codes(g * size, (g + 1) * size)) for g in range(first, last)])
-        return images[start - first * size : stop - first * size]
+        groups = [self.codes(g * size, (g + 1) * size) for g in range(first, last)]
+        wanted = slice(start - first * size, stop - first * size)
+        return np.concatenate([self.decode(codes) for codes in groups])[wanted], np.concatenate(groups)[wanted]
 
     @torch.inference_mode()
     def decode(self, codes_NL: np.ndarray) -> np.ndarray:

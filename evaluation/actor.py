@@ -7,7 +7,7 @@ the tiles of the grids. All of it is added in the order of the indices, so the m
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from cluster.sampler_actor import SamplerActor
+from evaluation.code_matches import TrainingCodes, code_match_estimates
 from evaluation.estimates import Estimate
 from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import FeatureKey, MetricPlan
@@ -42,6 +43,7 @@ class Assignment:
             under which they are kept or made from the training images `reference_uris`.
         holdout_uris: m held-out images, with `holdout_labels` int64 (m,), -1 where there is none.
         codebook_size, num_codes: of the tokenizer, and codes per image.
+        training_codes: what the codes of samples are compared with, where the plan has it.
     """
 
     checkpoint_path: str | None
@@ -59,6 +61,7 @@ class Assignment:
     holdout_labels: np.ndarray
     codebook_size: int
     num_codes: int
+    training_codes: TrainingCodes | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,12 +70,13 @@ class Measurement:
 
     Attributes:
         metrics: estimates by name.
-        grids: PNG files by name: samples, real, reconstructions; side_by_side for a tokenizer. `layouts` says by name
-            what stands where in the first three.
+        grids: PNG files by name: samples, real, reconstructions; neighbours, the samples beside their nearest training
+            images, if memorisation is measured; side_by_side for a tokenizer. `layouts` says by name what stands where
+            in all but the last.
         references: what was measured against, by features.
         num_unusable: held-out images that could not be decoded and were left out.
         wall_seconds: by phase: `start` of the first actors, then `working`, in which sampling runs beside reference
-            and holdout, then `distance`.
+            and holdout, then `neighbours`, then `distance`, which is all metrics.
     """
 
     metrics: dict[str, Estimate]
@@ -129,20 +133,18 @@ class EvaluationActor:
                     pool.release(pool.acquire())
             self._seconds["start"] = time.monotonic() - begin
             (references, holdout), *drawn = in_parallel(phases, on_error=self._close)
+            self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
+            samples: SampleTally | None = drawn[0] if drawn else None
+            if samples is not None:
+                self._find_neighbours(samples, references)
         finally:
             self._close()
-        self._seconds["working"] = time.monotonic() - begin - self._seconds["start"]
-        samples: SampleTally | None = drawn[0] if drawn else None
         begin = time.monotonic()
-        sets = [holdout.real, holdout.reconstructed, *([samples.metrics] if samples else [])]
-        against = {key: stored.reference for key, stored in references.items()}
-        metrics = {name: estimate for each in sets for name, estimate in each.estimates(against).items()}
-        if samples is not None:
-            metrics |= memorisation_estimates(samples.metrics, holdout.real)
+        metrics = self._estimates(samples, holdout, references)
         self._seconds["distance"] = time.monotonic() - begin
         extra = samples.grids() if samples is not None else {"side_by_side": holdout.side_by_side()}
         return Measurement(
-            metrics={**metrics, **holdout.estimates(self.assignment.num_codes)},
+            metrics=metrics,
             grids={**extra, **holdout.grids()},
             layouts={**(samples.layouts() if samples is not None else {}), **holdout.layouts()},
             references=references,
@@ -155,16 +157,49 @@ class EvaluationActor:
         everything = [(0, options.num_samples)]
         ((_, labels),) = run_items(everything, lambda item, actors: actors[0].labels.remote(*item), [self.samplers], 1)
         tally = SampleTally(labels, self._metrics(SAMPLES, options.num_samples), options.num_grid_images)
+        has_code_matches = self.assignment.plan.has_code_matches
+
+        def submit(item: Item, actors: list[Any]) -> tuple[Any, ...]:
+            sampler, extractor = actors
+            if not has_code_matches:
+                return (extractor.of_images.remote(sampler.images.remote(*item), tally.tiles_in(item)),)
+            images, codes = sampler.images_and_codes.options(num_returns=2).remote(*item)
+            return extractor.of_images.remote(images, tally.tiles_in(item)), codes
+
+        pools = [self.samplers, self.features]
+        for item, (found, *codes) in self._run("sampling", options.num_samples, submit, pools):
+            tally.add(item, *found, *codes)
+        return tally
+
+    def _find_neighbours(self, samples: SampleTally, references: Mapping[FeatureKey, StoredReference]) -> None:
+        """Adds the grid of samples beside their nearest training images, if memorisation is measured."""
+        begin = time.monotonic()
+        uris = {p: self.assignment.reference_uris[i] for p, i in samples.nearest_training(references).items()}
+        if not uris:
+            return
+        wanted, pictures = list(dict.fromkeys(uris.values())), dict[str, np.ndarray]()
 
         def submit(item: Item, actors: list[Any]) -> Any:
-            sampler, extractor = actors
-            return extractor.of_images.remote(sampler.images.remote(*item), tally.tiles_in(item))
+            return actors[0].pictures.remote(wanted[slice(*item)])
 
-        for item, (features, tiles) in self._run(
-            "sampling", options.num_samples, submit, [self.samplers, self.features]
-        ):
-            tally.add(item, features, tiles)
-        return tally
+        for _, found in self._run("neighbours", len(wanted), submit, [self.features]):
+            pictures.update(found)
+        samples.add_neighbours({position: pictures.get(uri) for position, uri in uris.items()})
+        self._seconds["neighbours"] = time.monotonic() - begin
+
+    def _estimates(
+        self, samples: SampleTally | None, holdout: HoldoutTally, references: Mapping[FeatureKey, StoredReference]
+    ) -> dict[str, Estimate]:
+        a = self.assignment
+        sets = [holdout.real, holdout.reconstructed, *([samples.metrics] if samples else [])]
+        against = {key: stored.reference for key, stored in references.items()}
+        metrics = {name: estimate for each in sets for name, estimate in each.estimates(against).items()}
+        if samples is not None:
+            metrics |= memorisation_estimates(samples.metrics, holdout.real)
+        if samples is not None and a.training_codes is not None:
+            training = a.training_codes.choose(a.evaluation.num_pairwise_images)
+            metrics |= code_match_estimates(samples.metrics.codes(), holdout.real.codes(), training)
+        return metrics | holdout.estimates(a.num_codes)
 
     def _metrics(self, image_set: str, num_images: int) -> SetTally:
         a = self.assignment

@@ -16,7 +16,15 @@ from stages.errors import ArtefactError
 
 # What is measured. All else in a record's identity is how it is measured, and must agree.
 SUBJECT = frozenset(
-    {"checkpoint_hash", "tokenizer_fingerprint", "code_dataset_root_hash", "sampling", "seed", "metrics"}
+    {
+        "checkpoint_hash",
+        "tokenizer_fingerprint",
+        "code_dataset_root_hash",
+        "training_codes_root_hash",
+        "sampling",
+        "seed",
+        "metrics",
+    }
 )
 DISTANCES = ("fd", "fid", "sfid", "kd", "kid", "cmmd")  # with g in front of samples, r of reconstructions
 LOWER_IS_BETTER = {*(prefix + name for name in DISTANCES for prefix in ("", "g", "r")), "validation_nll", "lpips"}

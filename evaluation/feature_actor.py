@@ -3,6 +3,7 @@ reconstructions."""
 
 import logging
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 import torch
@@ -89,6 +90,11 @@ class FeatureActor:
             tiles={p: np.stack([images[places[p]], reconstructions[places[p]]]) for p in tiles if is_usable[p]},
         )
         return item, codes, labels[is_usable]
+
+    def pictures(self, uris: Sequence[str]) -> dict[str, np.ndarray]:
+        """The real images that can be used, uint8 (H, W, C), by uri."""
+        images, is_usable = self._read(uris)
+        return dict(zip(compress(uris, is_usable), images, strict=True))
 
     def _features(self, images: np.ndarray, keys: Sequence[FeatureKey]) -> Features:
         """Features float32 (n, d) of images uint8 (n, H, W, C) under these keys; every extractor runs once."""

@@ -23,6 +23,13 @@ def grid_positions(labels: np.ndarray, num_images: int) -> tuple[np.ndarray, int
     return np.concatenate([np.flatnonzero(labels == label)[:columns] for label in classes]), columns
 
 
+def pairs_png(pairs: dict[int, np.ndarray], positions: np.ndarray, columns: int) -> bytes:
+    """The grid of pairs of tiles, uint8 (2, H, W, C) by position, side by side, as PNG; else like `tiles_png`."""
+    return tiles_png(
+        {p: np.concatenate([left, right], axis=1) for p, (left, right) in pairs.items()}, positions, columns
+    )
+
+
 def tiles_png(tiles: dict[int, np.ndarray], positions: np.ndarray, columns: int | None) -> bytes:
     """The grid as PNG: tiles uint8 (H, W, C) by position, in the order of `positions`; a missing one stays white."""
     blank = np.full_like(next(iter(tiles.values())), 255)

@@ -20,6 +20,12 @@ IMAGES = {"g": "samples", "r": "reconstructions", "": "held-out images"}
 LABELS = {
     "psnr": "PSNR of reconstructions, dB",
     "ssim": "SSIM of reconstructions",
+    "nearest_training_distance": "Distance of samples to the nearest training image",
+    "nearest_training_distance_holdout": "Distance of held-out images to the nearest training image",
+    "copied_share": "Share of samples nearer to training images than held-out images are",
+    "nearest_training_codes": "Largest share of codes of samples equal to a training image's",
+    "nearest_training_codes_holdout": "Largest share of codes of held-out images equal to a training image's",
+    "copied_code_share": "Share of samples with more codes of a training image than held-out images have",
     "codebook_usage": "Share of codebook used",
     "codebook_perplexity": "Codebook perplexity",
     "validation_nll": "Validation NLL, nats per code",

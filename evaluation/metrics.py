@@ -98,12 +98,14 @@ class MetricPlan:
         sets: metrics of sets of images.
         pixels: names of metrics of reconstructions, per image.
         has_codebook, has_likelihood: whether these are measured.
+        has_code_matches: whether codes of samples are compared with those of the training data.
     """
 
     sets: tuple[PlannedSetMetric, ...]
     pixels: tuple[str, ...]
     has_codebook: bool
     has_likelihood: bool
+    has_code_matches: bool
 
     def features(self) -> list[FeatureKey]:
         """(extractor, output) pairs that are needed, the first metric's first."""
@@ -164,6 +166,7 @@ def plan_metrics(options: EvaluationOptions, sets: Sequence[str] = (SAMPLES, REC
         pixels=tuple(name for name in PIXEL_METRICS if name in options.metrics),
         has_codebook="codebook" in options.metrics,
         has_likelihood="likelihood" in options.metrics and SAMPLES in sets,
+        has_code_matches=any(metric.kind.cls is NearestTraining for metric in planned) and SAMPLES in sets,
     )
 
 

@@ -1,6 +1,7 @@
 """Metrics of nearest neighbours among features: precision and recall, density and coverage, and memorisation."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,11 +103,22 @@ class NearestTraining(FeatureMetric):
     is_pairwise = True
     higher_is_better = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._found: tuple[list[Any], tuple[np.ndarray, np.ndarray]] | None = None
+
     def nearest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per image: Euclidean distance float64 (n,) to the nearest reference image, and which it is, int64 (n,)."""
-        rows, _ = self.kept()
-        found = [d.min(1) for _, d in distances(rows, self.reference_features())]
-        return torch.cat([f.values for f in found]).sqrt().numpy(), torch.cat([f.indices for f in found]).numpy()
+        """Per image: Euclidean distance float64 (n,) to the nearest reference image, and which it is, int64 (n,).
+
+        Kept until there are other images or another reference: several values rest on it.
+        """
+        made_from = [self.reference, *([self.rows] if isinstance(self.rows, Tensor) else self.rows)]
+        if self._found is None or [*map(id, self._found[0])] != [*map(id, made_from)]:
+            rows, _ = self.kept()
+            found = [d.min(1) for _, d in distances(rows, self.reference_features())]
+            nearest, which = (torch.cat([getattr(f, name) for f in found]) for name in ("values", "indices"))
+            self._found = made_from, (nearest.sqrt().numpy(), which.numpy())
+        return self._found[1]
 
     def estimates(self) -> dict[str, Estimate]:
         return {"": mean_estimate(self.nearest()[0])}

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from cluster.checkpoints import Commit, resolve_checkpoint
 from evaluation.actor import Assignment
+from evaluation.code_matches import TrainingCodes
 from evaluation.extractors import Extractor, distance_name, open_extractor
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, plan_metrics
@@ -86,13 +87,16 @@ def prepare(options: EvaluateOptions) -> Preparation:
     tokenizer = open_tokenizer(options.tokenizer.path)
     source = open_source(options.source, images)
     class_names = source.class_names
+    training_codes: TrainingCodes | None = None
+    plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     if commit is not None:
         dataset = CodeDataset.open(options.codes.path, verify=False)
         check_binding(options, commit, dataset, tokenizer, source)
         class_names = dataset.class_names
+        if plan.has_code_matches:
+            training_codes = open_training_codes(dataset, commit)
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
-    plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
     sampling = options.draws()
     holdout = _choose_holdout(source, evaluation.num_samples)
@@ -114,6 +118,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
         codebook_size=tokenizer.codebook_size,
         num_codes=math.prod(tokenizer.grid(images.size)),
+        training_codes=training_codes,
     )
     subject = _describe_checkpoint(commit, sampling) if commit is not None else _describe_tokenizer(options, tokenizer)
     return Preparation(
@@ -121,6 +126,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         identity={
             **{name: value for name, value in subject.items() if name not in ("checkpoint", "step")},
             **_identify_measurement(evaluation, plan, extractors, references),
+            **({"training_codes_root_hash": training_codes.root_hash} if training_codes else {}),
             "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
         },
         description={**subject, **_describe(options, plan, extractors), "class_names": list(class_names)},
@@ -237,3 +243,18 @@ def check_binding(
             f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "
             f"{options.codes.path} has classes {', '.join(dataset.class_names)}. Use images of the same classes."
         )
+
+
+def open_training_codes(dataset: CodeDataset, commit: Commit) -> TrainingCodes:
+    """The codes to compare samples of a checkpoint with.
+
+    Raises:
+        ArtefactError: they are codes of another tokenizer, which an imported checkpoint does not rule out.
+    """
+    if dataset.tokenizer_fingerprint != commit.tokenizer_fingerprint:
+        raise ArtefactError(
+            f"codes.path is {dataset.path} with codes of tokenizer {dataset.tokenizer_fingerprint}, but memorisation compares "
+            f"them with those that checkpoint {commit.path} draws, which are of tokenizer {commit.tokenizer_fingerprint}. "
+            "Name a code dataset of that tokenizer, or leave memorisation out of evaluation.metrics."
+        )
+    return TrainingCodes(path=dataset.path, root_hash=dataset.root_hash)

@@ -74,7 +74,7 @@ class Record:
 
     @property
     def grids(self) -> dict[str, str]:
-        """By name (samples, real, reconstructions): path of the PNG, relative to the folder of the evaluation."""
+        """By name (samples, real, reconstructions, neighbours …): path of the PNG, relative to the folder of the evaluation."""
         return self.content["grids"]
 
     def to_summary(self) -> dict[str, Any]:

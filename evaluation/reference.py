@@ -1,7 +1,8 @@
 """Reference statistics: what real training images look like to an extractor, computed once and kept with a hash.
 
 One .npz per output of an extractor under `<evaluation.path>/reference/`: n, mean, m2, factor, perhaps features of some of
-the images, and a description; beside them mu and sigma, so that readers of the pytorch-fid layout can use it as it is.
+the images and which ones these are, and a description; beside them mu and sigma, so that readers of the pytorch-fid
+layout can use it as it is.
 Files of pytorch-fid (mu, sigma) and ADM (mu, sigma, mu_s, sigma_s) are read by `read_statistics` and written by
 `evaluation.make_reference`.
 """
@@ -27,8 +28,8 @@ from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
 
-FORMAT_VERSION = 2
-ARRAYS = ("n", "mean", "m2", "factor", "features")
+FORMAT_VERSION = 3
+ARRAYS = ("n", "mean", "m2", "factor", "features", "kept")
 # What mean and covariance of each output are called in files of pytorch-fid and ADM.
 LAYOUT = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
@@ -45,6 +46,7 @@ class StoredReference:
         num_unusable: listed images that could not be decoded and are not in it.
         m2: float64 (d, d), for other formats; None where a file of others gives none.
         self_test: distances of real images to real and to damaged ones when it was made; None for files of others.
+        kept: int64 (m,), positions in the listing of the images whose features are in `reference`; None where none are.
     """
 
     reference: ReferenceSet
@@ -53,6 +55,7 @@ class StoredReference:
     num_unusable: int = 0
     m2: np.ndarray | None = None
     self_test: Mapping[str, float] | None = None
+    kept: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a record says of it."""
@@ -118,9 +121,20 @@ def store_reference(
     statistics: GaussianStatistics,
     num_unusable: int,
     features: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
     self_test: Mapping[str, float] | None = None,
 ) -> StoredReference:
-    """Keeps a reference and returns what is kept: the first one stored under a key stays."""
+    """Keeps a reference and returns what is kept: the first one stored under a key stays.
+
+    Args:
+        evaluation_path: folder of the history.
+        key: from `reference_key`.
+        statistics: of all images.
+        num_unusable: listed images that are not among these.
+        features: float32 (m, d) of some of them.
+        kept: int64 (m,), positions in the listing of those.
+        self_test: see `StoredReference`.
+    """
     arrays: dict[str, Any] = {
         "n": np.int64(statistics.n),
         "mean": statistics.mean,
@@ -128,7 +142,7 @@ def store_reference(
         "factor": covariance_factor(statistics.covariance),
     }
     if features is not None:
-        arrays["features"] = features
+        arrays |= {"features": features, "kept": kept}
     meta = {
         "key": key,
         "sha256": _arrays_hash(arrays),
@@ -171,7 +185,9 @@ def load_reference(evaluation_path: str, key: str) -> StoredReference | None:
             "Remove it; it is computed again."
         )
     reference = ReferenceSet(gaussian, arrays.get("features"))
-    return StoredReference(reference, key, found, meta["num_unusable"], arrays["m2"], meta["self_test"])
+    return StoredReference(
+        reference, key, found, meta["num_unusable"], arrays["m2"], meta["self_test"], arrays.get("kept")
+    )
 
 
 def read_statistics(path: str, output: str, extractor: Extractor) -> StoredReference:

@@ -149,23 +149,25 @@ def _made(
     tallies = {features: GaussianMetric(widths[features]) for features in keys}
     kept: dict[FeatureKey, list[np.ndarray]] = {features: [] for features in keys}
     first: dict[FeatureKey, list[np.ndarray]] = {features: [] for features in keys}
-    num_unusable = 0
+    chosen = {features: fair_choice(len(uris), images.num_kept[features]) for features in keys}
+    usable: list[np.ndarray] = []
 
     def submit(item: Item, actor: Any) -> Any:
         return actor.of_reference.remote(uris[slice(*item)], wanted)
 
     for item, (found, is_usable) in run(len(uris), submit):
         indices = np.arange(*item)[is_usable]
-        num_unusable += int(np.sum(~is_usable))
+        usable.append(indices)
         for features, values in found.items():
             tallies[features].update(torch.tensor(values))
             if images.num_kept[features]:
-                kept[features].append(values[fair_choice(len(uris), images.num_kept[features])[indices]])
+                kept[features].append(values[chosen[features][indices]])
             if item[0] < 2 * NUM_IMAGES:
                 first[features].append(np.array(values))
-    if len(uris) - num_unusable < 2:
+    positions = np.concatenate(usable)
+    if len(positions) < 2:
         raise TesseraError(
-            f"{len(uris) - num_unusable} of {len(uris)} training images can be used, but a reference needs two. "
+            f"{len(positions)} of {len(uris)} training images can be used, but a reference needs two. "
             "Check the source."
         )
     tests = _self_tests({features: np.concatenate(values) for features, values in first.items()}, uris, run)
@@ -174,9 +176,10 @@ def _made(
             images.path,
             key,
             tallies[features].statistics()[0],
-            num_unusable,
-            np.concatenate(kept[features]) if kept[features] else None,
-            tests.get(features),
+            num_unusable=len(uris) - len(positions),
+            features=np.concatenate(kept[features]) if kept[features] else None,
+            kept=positions[chosen[features][positions]],
+            self_test=tests.get(features),
         )
         for features, key in keys.items()
     }

@@ -42,9 +42,11 @@ class SetTally:
         ]
         self.blocks = assign_blocks(num_images, num_blocks)
         self._is_paired = fair_choice(num_images, pairwise_limit)
+        self._has_code_matches = plan.has_code_matches
+        self._codes: list[np.ndarray] = []
 
-    def add(self, indices: np.ndarray, features: Features) -> None:
-        """Adds features float32 (n, d) of the images with these indices, int64 (n,)."""
+    def add(self, indices: np.ndarray, features: Features, codes: np.ndarray | None = None) -> None:
+        """Adds features float32 (n, d) and codes int64 (n, L) of the images with these indices, int64 (n,)."""
         blocks, is_paired = self.blocks[indices], self._is_paired[indices]
         for planned, metric in self.metrics:
             values, taken = features[planned.features], blocks
@@ -52,6 +54,26 @@ class SetTally:
                 values, taken = values[is_paired], blocks[is_paired]
             # Copied: arrays that come through Ray would keep its object store from freeing them.
             metric.update(torch.tensor(values), torch.tensor(taken))
+        if self._has_code_matches and codes is not None:
+            self._codes.append(codes[is_paired].astype(np.uint16))
+
+    def codes(self) -> np.ndarray:
+        """Codes of the images that are compared one by one, uint16 (n, L), if any were added."""
+        return np.concatenate(self._codes)
+
+    def paired_rows(self, indices: np.ndarray) -> np.ndarray:
+        """Which rows these images are in metrics that compare images one by one, int64 (n,), -1 where they are none.
+
+        It holds for a set of which every image could be used.
+        """
+        return np.where(self._is_paired, np.cumsum(self._is_paired) - 1, -1)[indices]
+
+    def nearest_training(self) -> tuple[PlannedSetMetric, NearestTraining] | None:
+        """The first metric that looks for memorisation."""
+        for planned, metric in self.metrics:
+            if isinstance(metric, NearestTraining):
+                return planned, metric
+        return None
 
     def estimates(self, references: Mapping[FeatureKey, ReferenceSet]) -> dict[str, Estimate]:
         """Every metric under its name in records."""

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from evaluation.estimates import Estimate, leave_one_out, mean_estimate, perplexity, usage
-from evaluation.grids import grid_positions, tiles_png
-from evaluation.metrics import MetricPlan
+from evaluation.grids import grid_positions, pairs_png, tiles_png
+from evaluation.metrics import FeatureKey, MetricPlan
+from evaluation.reference import StoredReference
 from evaluation.set_tally import Features, SetTally
 from pipeline.grids import default_columns
 from stages.errors import TesseraError
@@ -52,7 +53,10 @@ class _Grid:
     def layout(self) -> dict[str, Any]:
         """Where each tile stands: `num_columns`, and the class of every tile row by row (-1 where there is none)."""
         columns = self.columns or default_columns(len(self.positions))
-        return {"num_columns": columns, "labels": self._labels[self.positions].tolist()}
+        return {"num_columns": columns, "labels": self.labels_at(self.positions)}
+
+    def labels_at(self, positions: np.ndarray) -> list[int]:
+        return self._labels[positions].tolist()
 
     def add(self, item: Item, tiles: dict[int, np.ndarray]) -> None:
         self.tiles.update({item[0] + position: tile for position, tile in tiles.items()})
@@ -69,24 +73,61 @@ class SampleTally:
 
     def __init__(self, labels: np.ndarray, metrics: SetTally, num_grid_images: int):
         self._grid = _Grid(labels, num_grid_images)
+        self._pairs: dict[int, np.ndarray] = {}
         self.metrics = metrics
 
     def tiles_in(self, item: Item) -> list[int]:
         """Positions within an item of the images that the grid shows."""
         return self._grid.tiles_in(item)
 
-    def add(self, item: Item, features: Features, tiles: dict[int, np.ndarray]) -> None:
-        """Adds the features float32 (n, d) by key, and the tiles of one item."""
-        self.metrics.add(np.arange(*item), features)
+    def add(
+        self, item: Item, features: Features, tiles: dict[int, np.ndarray], codes: np.ndarray | None = None
+    ) -> None:
+        """Adds the features float32 (n, d) by key, the tiles and, where they are measured, codes int64 (n, L) of one item."""
+        self.metrics.add(np.arange(*item), features, codes)
         self._grid.add(item, tiles)
+
+    def nearest_training(self, references: Mapping[FeatureKey, StoredReference]) -> dict[int, int]:
+        """By position in the grid, the position in the listing of the training image that is nearest, of samples that
+        are compared one by one; empty where memorisation is not measured."""
+        found = self.metrics.nearest_training()
+        if found is None:
+            return {}
+        planned, metric = found
+        stored = references[planned.features]
+        assert stored.kept is not None
+        metric.reference = stored.reference
+        nearest = stored.kept[metric.nearest()[1]]
+        rows = self.metrics.paired_rows(self._grid.positions)
+        return {int(p): int(nearest[row]) for p, row in zip(self._grid.positions, rows, strict=True) if row >= 0}
+
+    def add_neighbours(self, neighbours: Mapping[int, np.ndarray | None]) -> None:
+        """Adds a grid of the samples at these positions, each with another image to the right, white for None."""
+        tiles = self._grid.tiles
+        self._pairs = {
+            p: np.stack([tiles[p], np.full_like(tiles[p], 255) if n is None else n]) for p, n in neighbours.items()
+        }
 
     def layouts(self) -> dict[str, dict[str, Any]]:
         """Where the tiles of each grid stand."""
-        return {"samples": self._grid.layout()}
+        layouts = {"samples": self._grid.layout()}
+        if self._pairs:
+            labels = self._grid.labels_at(np.repeat(list(self._pairs), 2))
+            layouts["neighbours"] = {"num_columns": 2 * self._pair_columns(), "labels": labels}
+        return layouts
 
     def grids(self) -> dict[str, bytes]:
-        """The grid of samples as PNG."""
-        return {"samples": tiles_png(self._grid.tiles, self._grid.positions, self._grid.columns)}
+        """The grid of samples, and that of their neighbours if there are any, as PNG."""
+        grids = {"samples": tiles_png(self._grid.tiles, self._grid.positions, self._grid.columns)}
+        if self._pairs:
+            grids["neighbours"] = pairs_png(self._pairs, np.array(list(self._pairs)), self._pair_columns())
+        return grids
+
+    def _pair_columns(self) -> int:
+        """Pairs in a row: classes keep their rows where every sample of the grid has its pair."""
+        if self._grid.columns and len(self._pairs) == len(self._grid.positions):
+            return self._grid.columns
+        return max(1, default_columns(len(self._pairs)) // 2)
 
 
 class HoldoutTally:
@@ -127,7 +168,7 @@ class HoldoutTally:
         """Adds one item: what its images yield, codes int64 (n, L), and negative log-likelihoods float64 (n,) in nats
         where they are measured."""
         indices = np.arange(*item)[images.is_usable]
-        self.real.add(indices, images.features)
+        self.real.add(indices, images.features, codes)
         self.reconstructed.add(indices, images.reconstruction_features)
         np.add.at(self._counts, (self.real.blocks[indices][:, None], codes), 1)
         for name, values in images.pixels.items():
@@ -165,8 +206,7 @@ class HoldoutTally:
 
     def side_by_side(self) -> bytes:
         """The grid of real images, each with its reconstruction to the right, as PNG."""
-        pairs = {p: np.concatenate([pair[0], pair[1]], axis=1) for p, pair in self._grid.tiles.items()}
-        return tiles_png(pairs, self._grid.positions, max(1, (self._grid.columns or 8) // 2))
+        return pairs_png(self._grid.tiles, self._grid.positions, max(1, (self._grid.columns or 8) // 2))
 
     def layouts(self) -> dict[str, dict[str, Any]]:
         """Where the tiles of each grid stand."""

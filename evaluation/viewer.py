@@ -14,7 +14,7 @@ SAMPLES = "samples"
 CAPTIONS = {
     "real": "Held-out real images",
     "reconstructions": "The same images after the tokenizer",
-    "neighbours": "Nearest training images of the samples",
+    "neighbours": "Samples, each with its nearest training image to the right",
 }
 
 

@@ -65,6 +65,8 @@ def test_it_is_sampled_from_like_any_run(imported):
     assert images.shape == (4, 2 * SIDE, 2 * SIDE, 3)
     assert np.array_equal(actor.codes(0, 4), sample_codes(model, SAMPLING, 0, 4))
     assert (actor.labels(0, 4) == -1).all()
+    both = actor.images_and_codes(2, 7)
+    assert np.array_equal(both[0], actor.images(2, 7)) and np.array_equal(both[1], actor.codes(2, 7))
 
 
 def test_another_tokenizer_is_refused_by_name(imported, tmp_path):

@@ -102,6 +102,25 @@ def test_reset_forgets(make):
     assert fed(metric, images(N, seed=1)).estimates() == fed(make(), images(N, seed=1)).estimates()
 
 
+def test_values_follow_what_is_added_merged_and_measured_against(make, reference):
+    """Asking for values in between changes none: whatever a metric keeps from one time to the next is no longer used."""
+    features = images(N, seed=1, shift=0.3)
+    metric, other, whole = fed(make(), features[: 4 * K]), fed(make(), features[N // 2 :]), fed(make(), features)
+    metric.estimates()
+    fed(metric, features[4 * K : N // 2])
+    metric.estimates()
+    metric.merge_state(other)
+    assert metric.estimates().keys() == whole.estimates().keys()
+    for name, estimate in metric.estimates().items():
+        assert estimate.value == pytest.approx(whole.estimates()[name].value, rel=1e-9)
+    moved = images(300, seed=2, shift=1.0)
+    against = ReferenceSet(Reference.of(GaussianStatistics.of(moved)), moved)
+    fresh = fed(make(), features)
+    metric.reference = fresh.reference = against
+    for name, estimate in metric.estimates().items():
+        assert estimate.value == pytest.approx(fresh.estimates()[name].value, rel=1e-9)
+
+
 def test_worse_images_are_worse(make):
     near, far = (fed(make(), images(N, seed=1, shift=shift)).estimates() for shift in (0.0, 2.0))
     for name in near:

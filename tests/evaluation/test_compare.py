@@ -47,7 +47,7 @@ def test_metrics_of_different_numbers_of_images_are_left_out():
 WAYS = {
     1: ("gfd", "rfid", "fd_holdout", "gkd_dinov2_vitb14", "fd_dinov2_holdout", "gsfid", "validation_nll"),
     -1: ("psnr", "precision", "recall_reconstructions", "ssim", "inception_score"),
-    0: ("codebook_usage", "codebook_perplexity", "no_such_metric"),
+    0: ("codebook_usage", "codebook_perplexity", "nearest_training_codes", "copied_code_share", "no_such_metric"),
 }
 
 

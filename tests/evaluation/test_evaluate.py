@@ -16,12 +16,18 @@ import ray
 from evaluation_support import GRID, NUM_SAMPLES, STEP, make_checkpoint, make_tokenizer, write_job
 from PIL import Image
 
+from cluster.sampler_actor import SamplerActor
+from evaluation.actor import EvaluationActor
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
+from evaluation.feature_actor import read_view
 from evaluation.make_reference import make_references
+from evaluation.prepare import open_training_codes
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
 from evaluation.reference_job import ReferenceOptions
+from evaluation.resources import reserved
 from pipeline.code_dataset import CodeDataset
+from pipeline.sources import open_source
 from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.options import ImageOptions, RunOptions, SamplingOptions, TokenizerOptions
 
@@ -151,6 +157,91 @@ def test_a_tokenizers_record_is_verified_and_found_again(rich_record, options):
     record, rich = rich_record
     assert evaluate(dataclasses.replace(rich, checkpoint=None)) == record
     assert verify_record(record.path, with_evaluation(rich, num_feature_actors=2, item_size=8)) == []
+
+
+@pytest.fixture(scope="module")
+def full_record(options, tmp_path_factory):
+    """A checkpoint measured with every metric that needs no other weights."""
+    metrics = ("fd", "kd", "precision_recall", "density_coverage", "memorisation", "psnr", "codebook", "likelihood")
+    full = with_evaluation(options, metrics=metrics, path=str(tmp_path_factory.mktemp("full")), num_pairwise_images=50)
+    return evaluate(full), full
+
+
+def test_memorisation_is_measured_over_features_and_codes(full_record):
+    record, full = full_record
+    over_features = {"nearest_training_distance", "nearest_training_distance_holdout", "copied_share"}
+    over_codes = {"nearest_training_codes", "nearest_training_codes_holdout", "copied_code_share"}
+    assert over_features | over_codes <= set(record.metrics)
+    for name in over_codes:
+        metric = record.metrics[name]
+        assert 0.0 <= metric["value"] <= 1.0 and metric["num_samples"] == NUM_SAMPLES
+        assert metric["standard_error"] > 0 or name == "copied_code_share"
+    root_hash = CodeDataset.open(full.codes.path, verify=False).root_hash
+    assert record.content["identity"]["training_codes_root_hash"] == root_hash
+
+
+def tiles_in(options, record, name, width):
+    """The tiles of a grid of images of 16 pixels, which it enlarges by 4, without the white places at its end."""
+    with Image.open(os.path.join(options.evaluation.path, record.grids[name])) as picture:
+        pixels = np.asarray(picture)
+    places = [(y, x) for y in range(0, pixels.shape[0], 64 + 2) for x in range(0, pixels.shape[1], width + 2)]
+    tiles = [pixels[y : y + 64 : 4, x : x + width : 4] for y, x in places]
+    return [tile for tile in tiles if (tile != 255).any()]
+
+
+def test_samples_are_shown_beside_training_images(full_record):
+    record, full = full_record
+    assert set(record.grids) == {"samples", "neighbours", "real", "reconstructions"}
+    assert record.content["wall_seconds"]["neighbours"] > 0
+    source = open_source(full.source, full.images)
+    uris = source.list_images("train")["uri"].to_pylist()
+    views = {read_view(source, uri, full.images).tobytes() for uri in uris}
+    samples, pairs = (tiles_in(full, record, name, width) for name, width in (("samples", 64), ("neighbours", 128)))
+    assert len(pairs) == len(record.content["layouts"]["samples"]["labels"])
+    assert [pair[:, :16].tobytes() for pair in pairs] == [sample.tobytes() for sample in samples]
+    assert all(pair[:, 16:].tobytes() in views for pair in pairs)
+
+
+def test_memorisation_is_the_same_on_more_actors_and_other_items(full_record):
+    record, full = full_record
+    more = with_evaluation(full, num_sampler_actors=2, num_feature_actors=2, item_size=8)
+    assert verify_record(record.path, more) == []
+
+
+def test_samples_that_are_codes_of_training_images_are_found(full_record, monkeypatch):
+    record, full = full_record
+    assignment = prepare(full).assignment
+    training = assignment.training_codes.choose(1000).astype(np.int64)
+
+    class Copier(SamplerActor):
+        """Every second sample is a row of the training data."""
+
+        def codes(self, start, stop):
+            rows = np.arange(start, stop)
+            copied = training[rows % len(training)]
+            return np.where(rows[:, None] % 2 == 0, copied, super().codes(start, stop))
+
+    monkeypatch.setattr("evaluation.actor.SamplerActor", Copier)
+    with reserved(assignment.evaluation) as group:
+        metrics = EvaluationActor(assignment, group).measure().metrics
+    before = {name: record.metrics[name]["value"] for name in metrics}
+    assert metrics["copied_code_share"].value >= 0.5 > before["copied_code_share"] + 0.2
+    assert metrics["nearest_training_codes"].value >= 0.5 > before["nearest_training_codes"]
+    for name in ("nearest_training_codes_holdout", "nearest_training_distance_holdout"):
+        assert metrics[name].value == before[name]
+
+
+def test_an_imported_checkpoint_is_compared_with_codes_of_its_tokenizer_alone(options, tmp_path):
+    dataset = CodeDataset.open(options.codes.path, verify=False)
+    commit = make_checkpoint(str(tmp_path), dataset, root_hash=None, imported={})
+    measured = with_evaluation(options, metrics=("memorisation",))
+    preparation = prepare(dataclasses.replace(measured, checkpoint=commit.path))
+    assert preparation.identity["code_dataset_root_hash"] is None
+    assert preparation.identity["training_codes_root_hash"] == dataset.root_hash
+    assert preparation.assignment.training_codes.root_hash == dataset.root_hash
+    dataset.tokenizer_fingerprint = "e" * 64
+    with pytest.raises(ArtefactError, match="codes.path is .* of tokenizer e{64}, but memorisation compares"):
+        open_training_codes(dataset, commit)
 
 
 def test_statistics_of_a_file_serve_in_place_of_the_training_images(record, options, tmp_path):

@@ -79,6 +79,14 @@ def test_an_item_without_a_usable_image_is_empty(actor):
     assert len(features[KEY]) == 1 and is_usable.tolist() == [False, True]
 
 
+def test_pictures_are_the_views_of_images_that_can_be_used(actor):
+    uris = actor.source.uris
+    found = actor.pictures([uris[1], "gone", uris[0]])
+    assert list(found) == [uris[1], uris[0]]
+    for uri, picture in found.items():
+        np.testing.assert_array_equal(picture, read_view(actor.source, uri, IMAGES))
+
+
 def test_a_storage_fault_is_no_bad_image(actor, monkeypatch):
     monkeypatch.setattr("pipeline.shard_tasks.READ_RETRY_SECONDS", 0.0)
     with pytest.raises(TesseraError, match="denied is listed, but it cannot be read"):

@@ -55,3 +55,9 @@ def test_what_is_unknown_or_named_twice_is_refused():
 def test_a_tokenizer_alone_has_no_samples_and_no_likelihood():
     found = plan(*METRICS[:1], "psnr", "likelihood", "codebook", sets=(RECONSTRUCTIONS, HOLDOUT))
     assert not found.has_likelihood and found.has_codebook and found.pixels == ("psnr",)
+
+
+def test_codes_are_compared_where_memorisation_is_looked_for_in_samples():
+    assert plan("fd", "memorisation@dinov2-vitl14").has_code_matches
+    assert not plan("fd", "kd").has_code_matches
+    assert not plan("memorisation", sets=(RECONSTRUCTIONS, HOLDOUT)).has_code_matches

@@ -4,7 +4,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from evaluation.frechet import Reference
-from evaluation.neighbour_metrics import DensityCoverage, NearestTraining, PrecisionRecall, copied_share
+from evaluation.neighbour_metrics import DensityCoverage, NearestTraining, PrecisionRecall, copied_share, distances
 from evaluation.set_metric import ReferenceSet
 from evaluation.statistics import GaussianStatistics
 
@@ -58,6 +58,19 @@ def test_few_modes_are_precise_but_not_covering():
     y = features(M, 2)
     found = metric_of(PrecisionRecall, y[:6].repeat(10, axis=0) + features(60, 1, 0.01), y).compute()
     assert found["precision"] > 0.95 and found["recall"] < 0.3
+
+
+def test_nearest_images_are_found_once(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return distances(*args)
+
+    monkeypatch.setattr("evaluation.neighbour_metrics.distances", counted)
+    samples, holdout = (metric_of(NearestTraining, features(50, seed), features(M, 2)) for seed in (3, 4))
+    samples.estimates(), holdout.estimates(), copied_share(samples, holdout), samples.nearest()
+    assert len(calls) == 2
 
 
 def test_copies_of_training_images_show_and_fresh_images_do_not():

@@ -154,8 +154,14 @@ def test_files_that_cannot_serve_are_refused(tmp_path, statistics):
 
 def test_features_that_are_kept_come_back_and_are_part_of_the_hash(tmp_path, statistics):
     features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
-    stored = store_reference(str(tmp_path), "k" * 64, statistics, 0, features, {"real": 1.0, "damaged": 9.0})
+    kept = np.arange(3, 43, 2)
+    stored = store_reference(str(tmp_path), "k" * 64, statistics, 0, features, kept, {"real": 1.0, "damaged": 9.0})
     loaded = load_reference(str(tmp_path), "k" * 64)
     np.testing.assert_array_equal(loaded.reference.features, features)
+    np.testing.assert_array_equal(loaded.kept, kept)
     assert loaded.to_dict() == stored.to_dict() and loaded.self_test == {"real": 1.0, "damaged": 9.0}
-    assert store_reference(str(tmp_path), "l" * 64, statistics, 0).sha256 != stored.sha256
+    others = [
+        store_reference(str(tmp_path), "l" * 64, statistics, 0),
+        store_reference(str(tmp_path), "m" * 64, statistics, 0, features, kept + 1),
+    ]
+    assert len({stored.sha256, *(other.sha256 for other in others)}) == 3 and others[0].kept is None

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.estimates import fair_choice
 from evaluation.frechet import Reference, frechet_distance
+from evaluation.grids import grid_positions
 from evaluation.metrics import plan_metrics
+from evaluation.reference import StoredReference
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES, ReferenceSet
 from evaluation.set_tally import SetTally
+from evaluation.sheets import make_sheet
 from evaluation.statistics import GaussianStatistics
 from evaluation.tally import HoldoutTally, RealImages, SampleTally
 from stages.errors import TesseraError
@@ -111,6 +115,95 @@ def test_metrics_that_compare_images_one_by_one_see_a_fair_choice_of_them(refere
         tally.add(rows, {KEY: features[rows]})
     found = tally.estimates({KEY: reference})
     assert (found["gfd"].num_samples, found["gkd"].num_samples) == (100, 30)
+
+
+MEMORISATION = plan_metrics(EvaluationOptions(metrics=("memorisation", "codebook")))
+
+
+def memorisation_tally(image_set: str, num_images: int, pairwise_limit: int) -> SetTally:
+    return SetTally(image_set, MEMORISATION, {KEY: WIDTH}, num_images, 2, pairwise_limit)
+
+
+NUM_CLASSES, NUM_SHOWN = 3, 12
+UNLABELLED, LABELLED = np.full(30, -1), np.arange(30) % NUM_CLASSES
+
+
+def tally_with_neighbours(reference: ReferenceSet, labels: np.ndarray, limit: int):
+    """Tally of samples that are nearly the features 0, 2, 4 … of the reference, and which listed images are nearest."""
+    n = len(labels)
+    tally = SampleTally(labels, memorisation_tally(SAMPLES, n, limit), num_grid_images=NUM_SHOWN)
+    for item in ((0, 16), (16, n)):
+        tiles = {p: np.full((64, 64, 3), item[0] + p, np.uint8) for p in tally.tiles_in(item)}
+        tally.add(item, {KEY: reference.features[::2][slice(*item)] + np.float32(1e-3)}, tiles)
+    kept = np.arange(100, 160)
+    return tally, tally.nearest_training({KEY: StoredReference(reference, key="", sha256="", kept=kept)})
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.parametrize("limit, labels", [(100, UNLABELLED), (12, UNLABELLED), (12, LABELLED)])
+def test_samples_that_are_compared_one_by_one_stand_beside_their_nearest_training_images(reference, limit, labels):
+    tally, nearest = tally_with_neighbours(reference, labels, limit)
+    assert set(tally.grids()) == set(tally.layouts()) == {"samples"}
+    shown = [p for p in grid_positions(labels, NUM_SHOWN)[0] if fair_choice(30, limit)[p]]
+    assert nearest == {p: 100 + 2 * p for p in shown} and 2 < len(shown) <= NUM_SHOWN
+    tally.add_neighbours({p: None if p == shown[-1] else np.full((64, 64, 3), 200, np.uint8) for p in shown})
+    pixels, layout = pixels_of(tally.grids()["neighbours"]), tally.layouts()["neighbours"]
+    columns = layout["num_columns"] // 2
+    assert pixels.shape[1] == columns * 130 - 2 and layout["labels"] == labels[shown].repeat(2).tolist()
+    for i, p in enumerate(shown):
+        y, x = i // columns * 66 + 32, i % columns * 130
+        assert (pixels[y, x + 32] == p).all()
+        assert (pixels[y, x + 96] == (255 if p == shown[-1] else 200)).all()
+
+
+def test_a_sheet_of_neighbours_can_be_cut_to_a_class(reference):
+    tally, nearest = tally_with_neighbours(reference, LABELLED, limit=100)
+    tally.add_neighbours({p: np.full((64, 64, 3), 200 + LABELLED[p], np.uint8) for p in nearest})
+    png = tally.grids()["neighbours"]
+    height, width, _ = pixels_of(png).shape
+    boxes = make_sheet(png, tally.layouts()["neighbours"]).boxes
+    assert set(boxes) == set(range(NUM_CLASSES))
+    for label, box in boxes.items():
+        left, top, w, h = (round(share * size) for share, size in zip(box, (width, height, width, height)))
+        cut = pixels_of(png)[top : top + h, left : left + w]
+        pairs = [p for p in nearest if LABELLED[p] == label]
+        assert cut.shape == (64, 130 * len(pairs) - 2, 3)
+        assert [cut[32, 130 * i + 32, 0] for i in range(len(pairs))] == pairs
+        assert all((cut[:, 130 * i + 64 : 130 * i + 128] == 200 + label).all() for i in range(len(pairs)))
+
+
+def test_without_memorisation_no_sample_has_a_nearest_training_image(reference):
+    tally = SampleTally(np.full(10, -1), set_tally(SAMPLES, 10, num_blocks=2), num_grid_images=4)
+    assert tally.nearest_training({KEY: StoredReference(reference, key="", sha256="", kept=np.arange(60))}) == {}
+
+
+def test_codes_of_the_images_that_are_compared_one_by_one_are_kept():
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, CODEBOOK, (40, NUM_CODES))
+    samples = SampleTally(np.full(40, -1), memorisation_tally(SAMPLES, 40, 15), num_grid_images=1)
+    holdout = HoldoutTally(
+        np.full(40, -1),
+        memorisation_tally(HOLDOUT, 40, 15),
+        memorisation_tally(RECONSTRUCTIONS, 40, 15),
+        MEMORISATION,
+        CODEBOOK,
+        num_grid_images=1,
+    )
+    bad = np.array([16, 30])
+    for start in (0, 16, 32):
+        item = (start, min(start + 16, 40))
+        rows = np.arange(*item)
+        samples.add(item, {KEY: random_features(generator, len(rows))}, {}, codes[rows])
+        images, *_ = holdout_item(generator, len(rows), bad=tuple(bad - start))
+        holdout.add(item, dataclasses.replace(images, pixels={}), codes[np.setdiff1d(rows, bad)])
+    chosen = fair_choice(40, 15)
+    np.testing.assert_array_equal(samples.metrics.codes(), codes[chosen])
+    chosen[bad] = False
+    np.testing.assert_array_equal(holdout.real.codes(), codes[chosen])
 
 
 def test_a_side_by_side_picture_has_every_reconstruction_to_the_right():

@@ -153,8 +153,8 @@ def rotations(config: TransformerConfig, dtype: torch.dtype, device: torch.devic
     with torch.inference_mode(False):  # else they could not be used in training later
         angles = rope_angles(config.grid, config.num_prefix_tokens, config.head_size, config.rope_base).to(device)
         cos_TD, sin_TD = angles.cos().to(dtype), angles.sin().to(dtype)
-    if config.positions == "rope-zero-prefix":
-        cos_TD = silence_prefix(cos_TD, config.num_prefix_tokens)
+        if config.positions == "rope-zero-prefix":
+            cos_TD = silence_prefix(cos_TD, config.num_prefix_tokens)
     return cos_TD, sin_TD
 
 

@@ -16,6 +16,7 @@ from stages.second_stage.transformer import (
     num_parameters,
     parameter_groups,
     rope_angles,
+    rotations,
     transformer_config,
 )
 
@@ -84,7 +85,9 @@ def test_unconditional_ignores_labels():
 
 
 @pytest.mark.parametrize("conditioning", ["class", "none"])
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"ffn_size": 48}, GPT_2, {"bias": True}, {"norm": "layer"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": False}, {"ffn_size": 48}, GPT_2, {"bias": True}, {"norm": "layer"}]
+)
 def test_parameters_are_counted_without_building(conditioning, changes):
     model = build(conditioning, **changes)
     assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
@@ -132,6 +135,16 @@ def test_learns_to_repeat_the_class():
         loss.backward()
         optimizer.step()
     assert loss.item() < 1.0
+
+
+@pytest.mark.parametrize("positions", ["rope", "rope-zero-prefix", "learned"])
+def test_a_model_that_was_sampled_from_can_be_trained(positions):
+    rotations.cache_clear()
+    model, (codes, labels) = build(positions=positions), codes_and_labels()
+    with torch.inference_mode():
+        model(codes, labels)
+    nll(model.train()(codes, labels), codes).mean().backward()
+    assert model.head.weight.grad.abs().sum() > 0
 
 
 def test_heads_that_do_not_fit_are_refused():

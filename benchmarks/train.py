@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.loader import CODEBOOK_SIZE, GRID, write_dataset
-from cluster.deepspeed_engine import compiles_blocks
+from cluster.deepspeed_engine import compile_blocks
 from cluster.estimates import row_flop
 from cluster.peak_flops import gpu_peak_flops, measured_peak_flops
 from cluster.step_timer import CHECKPOINT, DATA
@@ -159,9 +159,7 @@ def bare_loop(setting: Setting, folder: str) -> Measured:
     torch.set_num_threads(setting.num_threads)
     config, dtype = setting.config(folder), DTYPES[setting.precision]
     model = Transformer(transformer_of(setting)).to(DEVICE, dtype).train()
-    if compiles_blocks(config.train, config.deepspeed):
-        for block in model.blocks:
-            block.compile(dynamic=False)
+    compile_blocks(model, config.train, config.deepspeed)
     weights = list(model.parameters())
     masters = weights if dtype == torch.float32 else [weight.detach().float() for weight in weights]
     master_of = {weight: master for weight, master in zip(weights, masters)}

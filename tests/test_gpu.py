@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests_support import TINY_TOKENIZER, tiny_config
-from train_support import RECIPE, losses, options_for, train
+from train_support import RECIPE, losses, nothing, options_for, train
 
 import ray_job
 from cluster import checkpoints
@@ -64,11 +64,11 @@ def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, prec
 def test_training_gives_the_losses_of_a_cpu(tmp_path, codes):
     no_dropout = {"residual_dropout": 0.0, "embedding_dropout": 0.0}
     runs = {}
-    for name, prepare in (("gpu", None), ("cpu", hide_gpu)):
+    for name, prepare in (("gpu", nothing), ("cpu", hide_gpu)):
         options = options_for(
             tmp_path / name, codes, model={"num_layers": 2, "hidden_size": 64, "num_heads": 2, **no_dropout}
         )
-        runs[name] = losses(train(options, 1, prepare) if prepare else train(options, 1))
+        runs[name] = losses(train(options, 1, prepare))
     np.testing.assert_allclose(runs["gpu"], runs["cpu"], rtol=1e-5)
 
 
@@ -95,8 +95,7 @@ def test_codes_are_those_of_a_cpu(precision, agreement):
 def job(ray_cluster, tmp_path_factory):
     """Folder of a finished whole job."""
     folder = tmp_path_factory.mktemp("job")
-    sections = {"scaling": {"use_gpu": True, "cpus_per_worker": 0.5}}
-    sections["train"] = tiny_config(str(folder)).train.__dict__ | {"precision": "bf16"}
+    sections = {"scaling": {"use_gpu": True, "cpus_per_worker": 0.5}, "train": {"precision": "bf16"}}
     (folder / "config.yaml").write_text(to_yaml(tiny_config(str(folder), **sections)))
     for command in ("train-tokenizer", "tokenize", "train", "sample", "evaluate"):
         assert ray_job.main([command, "-c", str(folder / "config.yaml")]) == 0, command

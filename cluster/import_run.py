@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.order import SAMPLER_VERSION
 from pipeline.tokenizers import local_weights, open_project, open_tokenizer, store_tokenizer
 from stages.config import to_dict
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, read_foreign
 from stages.first_stage.import_export import take_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
@@ -78,6 +78,7 @@ def import_transformer(options: ImportTransformerOptions) -> ImportSummary:
     project = open_project(options.config)
     with local_weights(options.file) as file:
         foreign = read_foreign(file)
+        conditions = _condition_tokenizer(options, foreign, project)
         tokenizer = _tokenizer(options, foreign, project)
         found = take_transformer(
             foreign,
@@ -87,8 +88,9 @@ def import_transformer(options: ImportTransformerOptions) -> ImportSummary:
             num_heads=options.num_heads,
             num_classes=options.num_classes,
             image_size=options.image_size,
+            condition_tokenizer=conditions,
         )
-    commit = _commit(options, tokenizer.fingerprint, found)
+    commit = _commit(options, tokenizer, conditions, found)
     config = storage.join(options.output, CONFIG)
     storage.replace(config, _sections(options, tokenizer, found).encode())
     return ImportSummary(
@@ -101,9 +103,7 @@ def import_transformer(options: ImportTransformerOptions) -> ImportSummary:
 
 
 def _tokenizer(options: ImportTransformerOptions, foreign: Foreign, project: Project | None) -> Tokenizer:
-    """The tokenizer whose codes the transformer speaks; those that the checkpoint holds are stored."""
-    if foreign.has("cond_stage_model.") and options.condition_tokenizer is not None:
-        store_tokenizer(take_tokenizer(foreign, "compvis", project, "cond_stage"), options.condition_tokenizer)
+    """The tokenizer whose codes the transformer speaks; one that the checkpoint holds is stored."""
     if not foreign.has("first_stage_model."):
         return open_tokenizer(options.tokenizer)
     tokenizer = take_tokenizer(foreign, "compvis", project, "first_stage")
@@ -111,7 +111,24 @@ def _tokenizer(options: ImportTransformerOptions, foreign: Foreign, project: Pro
     return tokenizer
 
 
-def _commit(options: ImportTransformerOptions, fingerprint: str, found: ImportedTransformer) -> checkpoints.Commit:
+def _condition_tokenizer(
+    options: ImportTransformerOptions, foreign: Foreign, project: Project | None
+) -> Tokenizer | None:
+    """The tokenizer of the condition, where the checkpoint holds one; it is stored."""
+    if not foreign.has("cond_stage_model."):
+        return None
+    if options.condition_tokenizer is None:
+        raise ConfigError(
+            f"--condition-tokenizer is not given, but {options.file} holds the tokenizer of its condition. Name a folder for it."
+        )
+    tokenizer = take_tokenizer(foreign, "compvis", project, "cond_stage")
+    store_tokenizer(tokenizer, options.condition_tokenizer)
+    return tokenizer
+
+
+def _commit(
+    options: ImportTransformerOptions, tokenizer: Tokenizer, conditions: Tokenizer | None, found: ImportedTransformer
+) -> checkpoints.Commit:
     attempt = checkpoints.new_attempt()
     folder = checkpoints.checkpoint_path(options.output, 0, attempt)
     with tempfile.TemporaryDirectory(prefix="tessera-import-") as temporary:
@@ -129,8 +146,9 @@ def _commit(options: ImportTransformerOptions, fingerprint: str, found: Imported
         "events": [],
         "codes_path": None,
         "root_hash": None,
-        "tokenizer_fingerprint": fingerprint,
-        "encoding": {"tokenizer": fingerprint, "preprocess": None, "encode": None, "probe": None},
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "encoding": {"tokenizer": tokenizer.fingerprint, "preprocess": None, "encode": None, "probe": None},
+        "conditions": conditions and {"root_hash": None, "tokenizer_fingerprint": conditions.fingerprint},
         "sampler": {"version": SAMPLER_VERSION, "step": 0, "skipped": []},
         "transformer": to_dict(found.config),
         "log": [],

@@ -1,5 +1,6 @@
 """Everything that follows from a configuration before any work starts: cross-field checks and derived numbers."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,9 +88,13 @@ def planned_transformer(config: Config, num_classes: int) -> TransformerConfig:
     """The transformer on the code dataset that `config` describes and images of so many classes."""
     tokenizer = tokenizer_config(config.tokenizer, config.images)
     side = config.images.size // tokenizer.downsample
+    conditioning = config.conditioning
+    if conditioning.name == "codes":  # of the condition's tokenizer only its codes tell more; most are as large as the image's
+        num_classes = tokenizer.codebook_size
+        conditioning = dataclasses.replace(conditioning, num_tokens=conditioning.num_tokens or side**2)
     return transformer_config(
         config.model,
-        config.conditioning,
+        conditioning,
         codebook_size=tokenizer.codebook_size,
         grid=(side, side),
         num_classes=num_classes,

@@ -16,6 +16,7 @@ from cluster.train_options import TrainJobOptions
 from pipeline import storage
 from pipeline.binding import encoding_of
 from pipeline.code_dataset import CodeDataset
+from pipeline.condition_codes import ConditionCodes
 from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
 from stages.errors import ArtefactError
@@ -25,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def commit_facts(
-    options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig, world_size: int
+    options: TrainJobOptions,
+    dataset: CodeDataset,
+    conditions: ConditionCodes | None,
+    config: TransformerConfig,
+    world_size: int,
 ) -> dict[str, Any]:
     """What every commit of a run says of what it was made from and with; `check_resumable` and readers of checkpoints ask for it."""
     return {
@@ -33,6 +38,7 @@ def commit_facts(
         "root_hash": dataset.root_hash,
         "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
         "encoding": encoding_of(dataset.manifest),
+        "conditions": _condition_facts(conditions),
         "world_size": world_size,
         "zero_stage": options.deepspeed.zero_stage,
         "precision": options.train.precision,
@@ -47,8 +53,20 @@ def commit_facts(
     }
 
 
+def _condition_facts(conditions: ConditionCodes | None) -> dict[str, str] | None:
+    """Which codes a run is conditioned on."""
+    if conditions is None:
+        return None
+    dataset = conditions.dataset
+    return {"root_hash": dataset.root_hash, "tokenizer_fingerprint": dataset.tokenizer_fingerprint}
+
+
 def check_resumable(
-    commit: checkpoints.Commit, options: TrainJobOptions, dataset: CodeDataset, config: TransformerConfig
+    commit: checkpoints.Commit,
+    options: TrainJobOptions,
+    dataset: CodeDataset,
+    conditions: ConditionCodes | None,
+    config: TransformerConfig,
 ) -> None:
     """Refuses a commit that a job cannot continue exactly. World size and ZeRO stage may differ.
 
@@ -56,13 +74,14 @@ def check_resumable(
         ArtefactError: another code dataset, model, order or precision, or an average that starts or ends midway; both sides are named.
     """
     if commit.is_imported:
-        _check_imported(commit, dataset, config)
+        _check_imported(commit, dataset, conditions, config)
         return
     content, ours = commit.content, to_dict(config)
     run, train = options.run, options.train
     sampler = content["sampler"]
     pairs = [
         ("codes.path", "code dataset", content["root_hash"], dataset.root_hash),
+        ("conditioning.codes_path", "conditions", content.get("conditions"), _condition_facts(conditions)),
         ("run.seed", "seed", sampler["seed"], run.seed),
         ("train.global_batch_size", "global batch size", sampler["global_batch_size"], train.global_batch_size),
         ("Tessera", "sampler version", sampler.get("version"), SAMPLER_VERSION),
@@ -84,15 +103,23 @@ def check_resumable(
             )
 
 
-def _check_imported(commit: checkpoints.Commit, dataset: CodeDataset, config: TransformerConfig) -> None:
-    """Refuses a dataset of another tokenizer, grid or number of classes, or another model, than an imported transformer's."""
+def _check_imported(
+    commit: checkpoints.Commit, dataset: CodeDataset, conditions: ConditionCodes | None, config: TransformerConfig
+) -> None:
+    """Refuses datasets of other tokenizers, grids or numbers of classes, or another model, than an imported transformer's."""
     saved, ours = commit.content["transformer"], to_dict(config)
     if saved["conditioning"] == "none":  # labels, if the dataset has them, make no difference
         saved = {**saved, "num_classes": ours["num_classes"]}
     pairs: list[tuple[str, str, Any, Any]]
     pairs = [("codes.path", "tokenizer", commit.tokenizer_fingerprint, dataset.tokenizer_fingerprint)]
+    known, ours_of = commit.content.get("conditions"), _condition_facts(conditions)
+    if known is not None and ours_of is not None:
+        fingerprints = (known["tokenizer_fingerprint"], ours_of["tokenizer_fingerprint"])
+        pairs.append(("conditioning.codes_path", "tokenizer", *fingerprints))
     names = {name: "codes.path" for name in ("codebook_size", "grid", "num_classes")}
-    names |= {"conditioning": "conditioning.name", "num_prefix_tokens": "conditioning.num_tokens"}
+    if conditions is not None:
+        names["num_classes"] = "conditioning.codes_path"
+    names |= {"conditioning": "conditioning.name", "num_prefix_tokens": "conditioning.codes_path"}
     pairs += [(names.get(name, "model"), name, value, ours.get(name)) for name, value in saved.items()]
     for key, what, there, here in pairs:
         if there != here:

@@ -16,7 +16,7 @@ from pipeline.grids import grid_png
 from pipeline.progress import Progress
 from pipeline.shard_jobs import gpus_per_actor
 from stages.config import to_yaml
-from stages.options import RunOptions, SamplingOptions, TokenizerOptions
+from stages.options import ConditioningOptions, RunOptions, SamplingOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class SampleJobOptions:
 
     run: RunOptions
     tokenizer: TokenizerOptions
+    conditioning: ConditioningOptions
     sampling: SamplingOptions
     checkpoint: str = "latest"
 
@@ -43,11 +44,14 @@ class SampleSummary:
 def sample(options: SampleJobOptions) -> SampleSummary:
     """Draws `sampling.num_samples` samples and writes them as samples.npz and grid.png. Ray must be connected.
 
-    samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64 (n,) in order of the global sample index.
+    samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64, classes (n,) or codes of the
+    condition (n, P), in order of the global sample index.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
     on_one = ray.remote(num_cpus=1, num_gpus=gpus_per_actor(1))
-    actor: Any = on_one(SamplerActor).remote(commit.path, options.tokenizer.path, options.sampling)
+    actor: Any = on_one(SamplerActor).remote(
+        commit.path, options.tokenizer.path, options.sampling, conditions_path=options.conditioning.sampled_codes_path
+    )
     size = options.sampling.group_size
     num_samples = options.sampling.num_samples
     images, codes = [], []

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from cluster import checkpoints
 from cluster.checkpoints import AVERAGES, WEIGHTS
 from pipeline.binding import check_tokenizer
+from pipeline.code_dataset import CodeDataset
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.pixels import to_uint8
 from stages.memory import keep_freed_memory
 from stages.options import SamplingOptions
@@ -34,6 +35,37 @@ def load_transformer(commit: checkpoints.Commit, which: str = "average") -> Tran
     return model.eval().requires_grad_(False)
 
 
+def open_sampled_conditions(commit: checkpoints.Commit, path: str | None) -> CodeDataset | None:
+    """The code dataset of the conditions that a checkpoint draws for; None where it is not conditioned on codes.
+
+    Raises:
+        ConfigError: it is, and no dataset is named.
+        ArtefactError: a missing or damaged dataset, or one of another tokenizer, codebook or number of codes than the checkpoint's.
+    """
+    transformer = commit.content["transformer"]
+    if transformer["conditioning"] != "codes":
+        return None
+    if path is None:
+        raise ConfigError(
+            f"conditioning.codes_path is not set, but checkpoint {commit.path} is conditioned on codes. Name a code dataset of the "
+            f"conditions to draw for."
+        )
+    dataset = CodeDataset.open(path, verify=False)
+    known = commit.content.get("conditions")
+    facts = [
+        ("tokenizer", dataset.tokenizer_fingerprint, known and known["tokenizer_fingerprint"]),
+        ("codebook size", dataset.codebook_size, transformer["num_classes"]),
+        ("codes per image", dataset.num_codes, transformer["num_prefix_tokens"]),
+    ]
+    for what, given, asked in facts:
+        if asked is not None and given != asked:
+            raise ArtefactError(
+                f"conditioning.codes_path is {path} with {what} {given}, but checkpoint {commit.path} was trained on conditions with "
+                f"{asked}. Name a code dataset of such conditions."
+            )
+    return dataset
+
+
 class SamplerActor:
     """Draws samples by global index. Any two instances on the same inputs give the same samples (fp32, CPU).
 
@@ -42,21 +74,26 @@ class SamplerActor:
         tokenizer_path: the tokenizer whose codes it was trained on.
         sampling: how codes are drawn.
         num_threads: torch threads; results are promised equal for equal numbers of threads.
+        conditions_path: code dataset of the conditions that a checkpoint conditioned on codes draws for.
 
     Raises:
-        ArtefactError: the tokenizer is not the checkpoint's, or works otherwise on this machine; or the checkpoint is conditioned on
-            codes, which nothing gives it.
+        ArtefactError: the tokenizer is not the checkpoint's, or works otherwise on this machine; or conditions are damaged, or not of
+            the kind that the checkpoint knows.
+        ConfigError: the checkpoint is conditioned on codes, and none are named.
     """
 
-    def __init__(self, checkpoint_path: str, tokenizer_path: str, sampling: SamplingOptions, num_threads: int = 1):
+    def __init__(
+        self,
+        checkpoint_path: str,
+        tokenizer_path: str,
+        sampling: SamplingOptions,
+        num_threads: int = 1,
+        conditions_path: str | None = None,
+    ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
         commit = checkpoints.open_commit(checkpoint_path)
-        if commit.content["transformer"]["conditioning"] == "codes":
-            raise ArtefactError(
-                f"checkpoint is {checkpoint_path}, but it is conditioned on codes, and samples are drawn for classes or without a "
-                "condition only. Use another checkpoint."
-            )
+        self.conditions = open_sampled_conditions(commit, conditions_path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
         check_tokenizer(tokenizer_path, self.tokenizer, commit.content["encoding"], f"checkpoint {checkpoint_path}")
@@ -64,12 +101,19 @@ class SamplerActor:
         self.sampling = sampling
 
     def labels(self, start: int, stop: int) -> np.ndarray:
-        """Classes of the global sample indices [start, stop), int64 (n,); -1 without classes."""
-        return sample_labels(self.sampling, np.arange(start, stop), self.model.config.num_classes)
+        """Of the global sample indices [start, stop): classes int64 (n,), -1 without classes, or codes of the condition int64 (n, P)."""
+        return self._labels_at(np.arange(start, stop))
+
+    def _labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """The classes, or the first view of every image of the conditions, in turn."""
+        if self.conditions is None:
+            return sample_labels(self.sampling, indices, self.model.config.num_classes)
+        rows = indices % self.conditions.num_images * self.conditions.num_views
+        return self.conditions.codes(rows).astype(np.int64)
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         """Codes of the global sample indices [start, stop), int64 (n, L)."""
-        return sample_codes(self.model, self.sampling, start, stop)
+        return sample_codes(self.model, self.sampling, start, stop, self._labels_at)
 
     def images(self, start: int, stop: int) -> np.ndarray:
         """Images of the global sample indices [start, stop), uint8 (n, H, W, C)."""

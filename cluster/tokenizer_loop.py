@@ -27,7 +27,7 @@ from cluster.training_run import RunPlan, TrainingRun
 from cluster.watchdog import Watchdog
 from pipeline.image_loader import ImageLoader, LoadedImages
 from stages.first_stage.discriminator import build_discriminator
-from stages.first_stage.pixels import to_float, to_one_hot
+from stages.first_stage.pixels import to_input
 from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
 from stages.first_stage.tokenizer import Tokenizer, num_channels, tokenizer_config
@@ -178,8 +178,7 @@ class TokenizerStage:
 
     def _inputs_of(self, loaded: LoadedImages) -> Tensor:
         pixels = torch.tensor(loaded.pixels).to(self.device, non_blocking=True)  # a copy: Ray's memory is read-only
-        num_labels = self.options.tokenizer.num_labels
-        return to_float(pixels) if num_labels is None else to_one_hot(pixels, num_labels)
+        return to_input(pixels, self.options.tokenizer.num_labels)
 
     def _codebook_numbers(self, step: int) -> dict[str, float]:
         """Codebook health since the last revival, at steps that are logged; revives dead codes when it is time."""

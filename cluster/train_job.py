@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster import checkpoints
 from cluster.resume import check_resumable
 from cluster.train_loop import train_worker
-from cluster.train_options import TrainJobOptions, dataset_transformer_config
+from cluster.train_options import TrainJobOptions, dataset_transformer_config, training_conditions
 from cluster.worker_group import check_workers_fit, run_to_the_end
 from pipeline import storage
 from pipeline.binding import check_dataset
@@ -35,17 +35,18 @@ def train(options: TrainJobOptions) -> TrainSummary:
 
     Raises:
         ConfigError: a batch that does not divide, workers that the cluster cannot hold, or other image options than the codes'.
-        ArtefactError: the code dataset is missing or damaged, the tokenizer is not the one that made it, or the run belongs to
+        ArtefactError: a code dataset is missing or damaged, the tokenizer is not the one that made it, or the run belongs to
             other artefacts.
         TesseraError: the store of the run lets two writers of one key both win.
     """
     check_batch(options.train, options.scaling)
     dataset = open_dataset(options.codes, verify=options.codes.verify_on_open)
-    check_dataset(dataset, options.tokenizer.path, options.images)
-    config = dataset_transformer_config(options, dataset)
+    check_dataset(dataset, options.tokenizer, options.images)
+    conditions = training_conditions(options, dataset, verify=options.codes.verify_on_open)
+    config = dataset_transformer_config(options, dataset, conditions)
     newest = checkpoints.newest_commit(options.run.path)
     if newest is not None:
-        check_resumable(newest, options, dataset, config)
+        check_resumable(newest, options, dataset, conditions, config)
         if newest.step >= options.train.num_steps:
             logger.info("%s has step %d already", options.run.path, newest.step)
             return _summary(options.run.path, checkpoints.resolve_checkpoint("latest", options.run.path))

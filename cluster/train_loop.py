@@ -21,10 +21,10 @@ from cluster.rank_messages import broadcast
 from cluster.resume import check_resumable, commit_facts, load_commit
 from cluster.step_timer import StepTimer
 from cluster.train_metrics import TrainMetrics
-from cluster.train_options import TrainJobOptions, dataset_transformer_config
+from cluster.train_options import TrainJobOptions, dataset_transformer_config, training_conditions
 from cluster.train_step import train_step
 from cluster.training_run import RunPlan, TrainingRun
-from cluster.validation import Validation
+from cluster.validation import open_validation
 from cluster.watchdog import Watchdog
 from pipeline.loader import CodeLoader, LoadedStep, dataset_order, open_dataset
 from stages.memory import keep_freed_memory
@@ -54,7 +54,7 @@ def _run(
     options: TrainJobOptions, num_threads: int, should_leave: Callable[[], bool], watchdog: Watchdog, timer: StepTimer
 ) -> None:
     stage = TransformerStage(options, timer)
-    facts = commit_facts(options, stage.dataset, stage.config, stage.world_size)
+    facts = commit_facts(options, stage.dataset, stage.conditions, stage.config, stage.world_size)
     attempt = broadcast(checkpoints.new_attempt())
     averages = options.optim.weight_average_decay > 0.0
     checkpointer = Checkpointer(
@@ -121,12 +121,10 @@ class TransformerStage:
         train, began = options.train, time.monotonic()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dataset = open_dataset(options.codes, verify=False)
-        self.config = dataset_transformer_config(options, self.dataset)
+        self.conditions = training_conditions(options, self.dataset, verify=False)
+        self.config = dataset_transformer_config(options, self.dataset, self.conditions)
         self.loader = self._open_loader()
-        self.validation = None
-        if train.validation_path is not None:
-            micro = train.micro_batch_size
-            self.validation = Validation(train.validation_path, train.validation_rows, self.dataset, micro)
+        self.validation = open_validation(options, self.dataset, self.conditions)
         opened = time.monotonic()
         self.engine = build_engine(
             self.config, options.run.seed, train, options.optim, options.deepspeed, self.world_size
@@ -149,6 +147,7 @@ class TransformerStage:
             world_size=self.world_size,
             micro_batch_size=options.train.micro_batch_size,
             cond_drop_prob=options.conditioning.cond_drop_prob,
+            conditions=self.conditions,
         )
 
     def iterate(self, start_step: int, stop_step: int, skipped: Sequence[tuple[int, int]]) -> Iterator[LoadedStep]:
@@ -177,7 +176,7 @@ class TransformerStage:
         return run_log.step_record(loaded.step, loaded.batch, mean, digests, **numbers)
 
     def load(self, commit: checkpoints.Commit) -> None:
-        check_resumable(commit, self.options, self.dataset, self.config)
+        check_resumable(commit, self.options, self.dataset, self.conditions, self.config)
         load_commit(self.engine, commit)
 
     def settle(self) -> None:

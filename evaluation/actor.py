@@ -44,6 +44,7 @@ class Assignment:
         holdout_uris: m held-out images, with `holdout_labels` int64 (m,), -1 where there is none.
         codebook_size, num_codes: of the tokenizer, and codes per image.
         training_codes: what the codes of samples are compared with, where the plan has it.
+        conditions_path: code dataset that samples are drawn for, of a checkpoint that is conditioned on codes.
     """
 
     checkpoint_path: str | None
@@ -62,6 +63,7 @@ class Assignment:
     codebook_size: int
     num_codes: int
     training_codes: TrainingCodes | None = None
+    conditions_path: str | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,7 +113,9 @@ class EvaluationActor:
         )
         self.samplers = ActorPool(
             "sampler",
-            lambda: sampler_class.remote(a.checkpoint_path, a.tokenizer_path, a.sampling),
+            lambda: sampler_class.remote(
+                a.checkpoint_path, a.tokenizer_path, a.sampling, conditions_path=a.conditions_path
+            ),
             options.num_sampler_actors,
         )
 
@@ -156,7 +160,8 @@ class EvaluationActor:
         options = self.assignment.evaluation
         everything = [(0, options.num_samples)]
         ((_, labels),) = run_items(everything, lambda item, actors: actors[0].labels.remote(*item), [self.samplers], 1)
-        tally = SampleTally(labels, self._metrics(SAMPLES, options.num_samples), options.num_grid_images)
+        classes = labels if labels.ndim == 1 else np.full(len(labels), -1)  # what is drawn for codes has no class
+        tally = SampleTally(classes, self._metrics(SAMPLES, options.num_samples), options.num_grid_images)
         has_code_matches = self.assignment.plan.has_code_matches
 
         def submit(item: Item, actors: list[Any]) -> tuple[Any, ...]:

@@ -10,7 +10,9 @@ import yaml
 from cluster import checkpoints
 from evaluation.evaluate import EvaluateOptions
 from pipeline import storage
+from stages.config import build
 from stages.errors import ArtefactError
+from stages.options import ConditioningOptions
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ def find_candidates(options: EvaluateOptions, roots: Sequence[str], best: bool) 
 
 
 def _options_of(run: str, options: EvaluateOptions) -> EvaluateOptions:
-    """`options` for another run: tokenizer and code dataset are its own."""
+    """`options` for another run: tokenizer, code dataset and conditions are its own."""
     if run == options.run.path:
         return options
     path = storage.join(run, "config.yaml")
@@ -93,5 +95,7 @@ def _options_of(run: str, options: EvaluateOptions) -> EvaluateOptions:
     sections = {name: getattr(options, name) for name in ("run", "tokenizer", "codes")}
     paths = {name: config.get(name, {}).get("path", section.path) for name, section in sections.items()} | {"run": run}
     return dataclasses.replace(
-        options, **{name: dataclasses.replace(section, path=paths[name]) for name, section in sections.items()}
+        options,
+        conditioning=build(ConditioningOptions, config.get("conditioning", {}), "conditioning."),
+        **{name: dataclasses.replace(section, path=paths[name]) for name, section in sections.items()},
     )

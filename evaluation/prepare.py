@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.checkpoints import Commit, resolve_checkpoint
+from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
 from evaluation.extractors import Extractor, distance_name, open_extractor
@@ -28,6 +29,7 @@ from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import (
     CodesOptions,
+    ConditioningOptions,
     EvaluationOptions,
     ImageOptions,
     RunOptions,
@@ -56,6 +58,7 @@ class EvaluateOptions:
     images: ImageOptions
     tokenizer: TokenizerOptions
     codes: CodesOptions
+    conditioning: ConditioningOptions
     sampling: SamplingOptions
     evaluation: EvaluationOptions
     checkpoint: str | None = "latest"
@@ -88,11 +91,16 @@ def prepare(options: EvaluateOptions) -> Preparation:
     source = open_source(options.source, images)
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
+    conditions: CodeDataset | None = None
     plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     if commit is not None:
         dataset = CodeDataset.open(options.codes.path, verify=False)
         check_binding(options, commit, dataset, tokenizer, source)
         class_names = dataset.class_names
+        conditions = open_sampled_conditions(commit, options.conditioning.sampled_codes_path)
+        if conditions is not None and plan.has_likelihood:
+            logger.warning("likelihood is left out: held-out images are read without the codes that %s is given", commit.path)
+            plan = dataclasses.replace(plan, has_likelihood=False)
         if plan.has_code_matches:
             training_codes = open_training_codes(dataset, commit)
     else:
@@ -119,8 +127,11 @@ def prepare(options: EvaluateOptions) -> Preparation:
         codebook_size=tokenizer.codebook_size,
         num_codes=math.prod(tokenizer.grid(images.size)),
         training_codes=training_codes,
+        conditions_path=conditions.path if conditions is not None else None,
     )
-    subject = _describe_checkpoint(commit, sampling) if commit is not None else _describe_tokenizer(options, tokenizer)
+    subject = _describe_tokenizer(options, tokenizer) if commit is None else _describe_checkpoint(commit, sampling)
+    if conditions is not None:
+        subject["conditions_root_hash"] = conditions.root_hash
     return Preparation(
         assignment=assignment,
         identity={
@@ -237,7 +248,7 @@ def check_binding(
             f"tokenizer.path is {options.tokenizer.path} with fingerprint {tokenizer.fingerprint}, but checkpoint "
             f"{commit.path} was trained on codes of tokenizer {commit.tokenizer_fingerprint}. Name that tokenizer."
         )
-    check_preprocessing(options.images, dataset)
+    check_preprocessing(options.images, options.tokenizer, dataset)
     if source.class_names and dataset.class_names and tuple(source.class_names) != tuple(dataset.class_names):
         raise ArtefactError(
             f"source.name is {options.source.name} with classes {', '.join(source.class_names)}, but "

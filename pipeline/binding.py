@@ -4,12 +4,12 @@ from typing import Any
 
 from pipeline.code_dataset import CodeDataset
 from pipeline.encoding import prepare_encoder
+from pipeline.inputs import IMAGE, input_spec
 from pipeline.probe import check_probe
 from pipeline.tokenizers import open_tokenizer
-from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.tokenizer import Tokenizer
-from stages.options import CodesOptions, ImageOptions
+from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
 
 def encoding_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer, encoding: dict[str, Any], m
         check_probe(prepare_encoder(tokenizer, device), options, encoding["probe"], made_for)
 
 
-def check_dataset(dataset: CodeDataset, tokenizer_path: str, images: ImageOptions) -> None:
+def check_dataset(dataset: CodeDataset, tokenizer: TokenizerOptions, images: ImageOptions) -> None:
     """Refuses a configuration whose tokenizer or image options are not those that a code dataset was made with.
 
     Raises:
@@ -52,21 +52,25 @@ def check_dataset(dataset: CodeDataset, tokenizer_path: str, images: ImageOption
         ConfigError: other image options.
     """
     encoding = encoding_of(dataset.manifest)
-    check_preprocessing(images, dataset)
-    check_tokenizer(tokenizer_path, open_tokenizer(tokenizer_path), encoding, f"the code dataset {dataset.path}")
+    check_preprocessing(images, tokenizer, dataset)
+    check_tokenizer(tokenizer.path, open_tokenizer(tokenizer.path), encoding, f"the code dataset {dataset.path}")
 
 
-def check_preprocessing(images: ImageOptions, dataset: CodeDataset) -> None:
-    """Refuses image options other than those the codes were made with.
+def check_preprocessing(images: ImageOptions, tokenizer: TokenizerOptions, dataset: CodeDataset) -> None:
+    """Refuses images, or a map of them, prepared otherwise than those the codes were made of.
 
     Raises:
         ConfigError: naming every key that differs, with both values.
     """
-    here, there = preprocessing_spec(images), dataset.manifest["preprocess"]
+    here, there = ({"input": IMAGE, **spec} for spec in (input_spec(images, tokenizer), dataset.manifest["preprocess"]))
     differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
     if differing:
-        ours = ", ".join(f"images.{key} is {here.get(key)}" for key in differing)
+        ours = ", ".join(f"{_section(key)}.{key} is {here.get(key)}" for key in differing)
         theirs = ", ".join(f"{key} {there.get(key)}" for key in differing)
         raise ConfigError(
-            f"{ours}, but the code dataset {dataset.path} was made with {theirs}. Set images as they were for tokenize."
+            f"{ours}, but the code dataset {dataset.path} was made with {theirs}. Set them as they were for tokenize."
         )
+
+
+def _section(key: str) -> str:
+    return "tokenizer" if key in ("input", "num_labels") else "images"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.first_stage.pixels import to_float
+from stages.first_stage.pixels import to_input
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions
 
@@ -28,8 +28,10 @@ def prepare_encoder(tokenizer: Tokenizer, device: torch.device) -> Tokenizer:
 
 
 @torch.inference_mode()
-def encode_views(tokenizer: Tokenizer, views: np.ndarray, options: CodesOptions) -> np.ndarray:
-    """Codes of uint8 views (n, H, W, C), int64 (n, L), on the tokenizer's device.
+def encode_views(
+    tokenizer: Tokenizer, views: np.ndarray, options: CodesOptions, num_labels: int | None = None
+) -> np.ndarray:
+    """Codes of uint8 views (n, H, W, C), int64 (n, L), computed on the tokenizer's device; with `num_labels`, views are ids with C = 1.
 
     Every call of the encoder has one shape, whatever n is: the last batch is filled with black, so that codes of an image
     depend on its place in the shard and on nothing an attempt could change.
@@ -43,7 +45,7 @@ def encode_views(tokenizer: Tokenizer, views: np.ndarray, options: CodesOptions)
         batch = np.zeros((size, *views.shape[1:]), np.uint8)
         batch[: len(part)] = part
         with torch.autocast(device.type, torch.bfloat16, enabled=options.encode_precision == "bf16"):
-            encoded = tokenizer.encode(to_float(torch.from_numpy(batch).to(device)))
+            encoded = tokenizer.encode(to_input(torch.from_numpy(batch).to(device), num_labels))
         codes.append(encoded[: len(part)].cpu().numpy())
     return np.concatenate(codes)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.image_order import ImageOrder, augmentation
+from pipeline.inputs import render_input
 from pipeline.order import batch_index
 from pipeline.sources import Source
-from pipeline.views import render, render_map
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
@@ -81,28 +81,4 @@ class ImageReader:
         if 0 in (height, width):
             raise BadImage("too-small", f"the image has {width} x {height} pixels")
         crop = augmentation(key, height, width, min_crop=self.train.min_crop, flips=self.train.random_flip)
-        name, size = self.tokenizer.input, self.images.size
-        if name == "image":
-            return render(example.image, crop, self.images)
-        if name not in example.conditions:
-            known = ", ".join(["image", *example.conditions])
-            raise ConfigError(f"tokenizer.input is {name}, but images of this source have {known}. Choose one of these.")
-        values = example.conditions[name]
-        self._check_map(name, values, uri)
-        return render_map(values, crop, (size, size))[..., None]
-
-    def _check_map(self, name: str, values: np.ndarray, uri: str) -> None:
-        num_labels, is_float = self.tokenizer.num_labels, values.dtype.kind == "f"
-        if num_labels is None and not is_float:
-            raise ConfigError(
-                f"tokenizer.num_labels is not set, but tokenizer.input is {name}, a map of ids. Set it above the largest id."
-            )
-        if num_labels is not None and is_float:
-            raise ConfigError(
-                f"tokenizer.num_labels is {num_labels}, but tokenizer.input is {name}, a map of numbers. Leave it out."
-            )
-        if num_labels is not None and values.max() >= num_labels:
-            raise ConfigError(
-                f"tokenizer.num_labels is {num_labels}, but the {name} of {uri} has the id {values.max()}. Use at least "
-                f"{values.max() + 1}."
-            )
+        return render_input(example, crop, self.images, self.tokenizer, uri)

@@ -36,6 +36,8 @@ PATHS = (
     "holdout_path",
     "cache_path",
     "validation_path",
+    "codes_path",
+    "validation_codes_path",
     "weights_path",
     "reference_path",
     "perceptual_vgg",

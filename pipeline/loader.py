@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.code_dataset import CodeDataset
+from pipeline.condition_codes import ConditionCodes
 from pipeline.order import SampleOrder, Window, batch_index, rows_digest, slice_for_rank
+from stages.errors import ConfigError
 from stages.options import CodesOptions
 
 READ_AHEAD_STEPS = 2  # steps whose tensors are ready
@@ -19,7 +21,7 @@ FETCH_AHEAD_STEPS = 32  # steps whose row groups are on their way, where they co
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass: codes int64 (m, L), labels int64 (m,) with -1 for no condition, valid bool (m,)."""
+    """Rows of one forward pass: codes int64 (m, L), valid bool (m,), and labels int64: classes (m,) or codes (m, P), -1 for none."""
 
     codes: Tensor
     labels: Tensor
@@ -47,9 +49,35 @@ class LoadedStep:
 
 def open_dataset(options: CodesOptions, *, verify: bool) -> CodeDataset:
     """The dataset of a configuration. Raises ArtefactError like `CodeDataset.open`."""
-    return CodeDataset.open(
-        options.path, verify=verify, cache_folder=options.cache_path, cache_bytes=options.cache_bytes
-    )
+    return _open(options.path, options, verify)
+
+
+def _open(path: str, options: CodesOptions, verify: bool) -> CodeDataset:
+    return CodeDataset.open(path, verify=verify, cache_folder=options.cache_path, cache_bytes=options.cache_bytes)
+
+
+def open_conditions(
+    path: str | None, images: CodeDataset, options: CodesOptions, *, verify: bool, key: str
+) -> ConditionCodes:
+    """The codes of the condition of the images of a code dataset.
+
+    Args:
+        path: of the code dataset of conditions.
+        images: the code dataset.
+        options: where row groups from S3 are kept.
+        verify: as of `CodeDataset.open`.
+        key: of the configuration that gives `path`, for messages.
+
+    Raises:
+        ConfigError: no path is given.
+        ArtefactError: a missing or damaged dataset, other views, or images without a condition.
+    """
+    if path is None:
+        raise ConfigError(
+            f"{key} is not set, but conditioning.name is codes. Name the code dataset of the conditions: tokenize the same images "
+            f"with the condition's tokenizer, e.g. tokenizer.input=segmentation."
+        )
+    return ConditionCodes(_open(path, options, verify), images)
 
 
 def dataset_order(dataset: CodeDataset, *, seed: int, global_batch_size: int, window_groups: int | None) -> SampleOrder:
@@ -87,7 +115,8 @@ class CodeLoader:
         rank: of this process.
         world_size: number of ranks.
         micro_batch_size: rows per micro batch; shorter slices are padded with rows that do not count.
-        cond_drop_prob: share of rows whose label becomes -1.
+        cond_drop_prob: share of rows whose labels become -1.
+        conditions: codes that take the place of classes.
     """
 
     def __init__(
@@ -99,8 +128,10 @@ class CodeLoader:
         world_size: int,
         micro_batch_size: int,
         cond_drop_prob: float,
+        conditions: ConditionCodes | None = None,
     ):
         self.dataset, self.order = dataset, order
+        self._labelled = dataset if conditions is None else conditions
         self.micro_batch_size, self.cond_drop_prob = micro_batch_size, cond_drop_prob
         self._slice = slice_for_rank(order.global_batch_size, rank, world_size)
         self._num_micro_batches = num_micro_batches(order.global_batch_size, micro_batch_size, world_size)
@@ -122,12 +153,14 @@ class CodeLoader:
         padded_rows, padded_valid = self._padded(rows, 0), self._padded(valid, False)
         is_dropped = self._padded(draws < self.cond_drop_prob, False)
         codes = torch.from_numpy(self.dataset.codes(padded_rows, wait=False).astype(np.int64))
-        labels = torch.from_numpy(np.where(is_dropped, -1, self.dataset.labels(padded_rows, wait=False)))
-        split = zip(*(t.split(self.micro_batch_size) for t in (codes, labels, torch.from_numpy(padded_valid))))
+        labels = self._labelled.labels(padded_rows, wait=False)
+        labels[is_dropped] = -1
+        tensors = (codes, torch.from_numpy(labels), torch.from_numpy(padded_valid))
+        split = zip(*(t.split(self.micro_batch_size) for t in tensors))
         return LoadedStep(
             step=step,
             batch=index,
-            micro_batches=[MicroBatch(*tensors) for tensors in split],
+            micro_batches=[MicroBatch(*parts) for parts in split],
             num_valid=self.order.num_valid(index),
             digest=rows_digest(index, positions[valid], rows[valid]),
         )
@@ -148,7 +181,10 @@ class CodeLoader:
                 yield ahead.popleft().result()
 
     def _fetch_ahead(self, batch: int) -> None:
-        self.dataset.prefetch(self.order.batch(batch).rows[self._slice])
+        rows = self.order.batch(batch).rows[self._slice]
+        self.dataset.prefetch(rows)
+        if self._labelled is not self.dataset:
+            self._labelled.prefetch(rows)
 
     def settle(self) -> None:
         """Waits until all that was read is checked. To be called before anything is made permanent.
@@ -157,3 +193,4 @@ class CodeLoader:
             ArtefactError: a row group is damaged.
         """
         self.dataset.settle()
+        self._labelled.settle()

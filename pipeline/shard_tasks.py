@@ -16,13 +16,14 @@ import torch
 from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
 from pipeline.encoding import encode_views, machine, prepare_encoder
+from pipeline.inputs import IMAGE, input_channels, render_input
 from pipeline.probe import check_probe
 from pipeline.sources import Example, Source
 from pipeline.tokenizers import open_tokenizer
-from pipeline.views import Crop, crop_of, render, render_map
-from stages.errors import ArtefactError, BadImage
+from pipeline.views import Crop, crop_of, render_map
+from stages.errors import ArtefactError, BadImage, ConfigError
 from stages.memory import keep_freed_memory
-from stages.options import CodesOptions, ImageOptions
+from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class ShardJob:
     row_format: RowFormat
     plan_fingerprint: str
     plan_images: Any
-    tokenizer_path: str
+    tokenizer: TokenizerOptions
     tokenizer_fingerprint: str
     probe: dict[str, Any]
 
@@ -54,7 +55,7 @@ class ShardJob:
         texts = [(name, pa.string()) for name in ("uri", "stage", "kind", "message", "sha256")]
         numbers = [("shard", pa.int32()), ("image_id", pa.int64()), ("label", pa.int32())]
         arrays = {
-            "pixels": num_views * self.images.size**2 * self.images.channels,
+            "pixels": num_views * self.images.size**2 * input_channels(self.images, self.tokenizer),
             "crops": num_views * CROP_FLOATS * 4,
             **{name: num_views * self.row_format.num_codes for name in self.row_format.conditions},
         }
@@ -91,19 +92,36 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         stage = "decode"
         example = job.source.decode(data)
         crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.views]
+        _check_maps(example, maps_of(job.tokenizer, job.row_format.conditions))
         conditions = {name: _maps(example, name, crops, job.grid) for name in job.row_format.conditions}
+        pixels = _pixels(example, crops, job, row["uri"])
     except BadImage as error:
         digest = hashlib.sha256(data).hexdigest()
         return {**row, "stage": stage, "kind": error.kind, "message": error.message, "sha256": digest}
-    pixels = np.stack([render(example.image, crop, job.images) for crop in crops])
     boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
     digest = hashlib.sha256(data).hexdigest()
     return {**row, "sha256": digest, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
 
 
+def maps_of(tokenizer: TokenizerOptions, conditions: tuple[str, ...]) -> tuple[str, ...]:
+    """Condition maps that every image must have: those that are stored, and the one that is tokenized."""
+    return conditions if tokenizer.input == IMAGE else (*conditions, tokenizer.input)
+
+
+def _check_maps(example: Example, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in example.conditions:
+            raise BadImage("no-condition", f"the image has no {name}")
+
+
+def _pixels(example: Example, crops: Sequence[Crop], job: ShardJob, uri: str) -> np.ndarray:
+    try:
+        return np.stack([render_input(example, crop, job.images, job.tokenizer, uri) for crop in crops])
+    except ConfigError as error:  # the options were checked on another image, so it is this one that is different
+        raise BadImage("unfit-map", str(error)) from error
+
+
 def _maps(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> bytes:
-    if name not in example.conditions:
-        raise BadImage("no-condition", f"the image has no {name}")
     return np.stack([render_map(example.conditions[name], crop, grid) for crop in crops]).tobytes()
 
 
@@ -138,10 +156,10 @@ class ShardEncoder:
         self.job = job
         keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = prepare_encoder(open_tokenizer(job.tokenizer_path), self.device)
+        self.tokenizer = prepare_encoder(open_tokenizer(job.tokenizer.path), self.device)
         if self.tokenizer.fingerprint != job.tokenizer_fingerprint:
             raise ArtefactError(
-                f"tokenizer.path is {job.tokenizer_path} with fingerprint {self.tokenizer.fingerprint} here, but the plan "
+                f"tokenizer.path is {job.tokenizer.path} with fingerprint {self.tokenizer.fingerprint} here, but the plan "
                 f"was made with {job.tokenizer_fingerprint}. Let every machine see the same tokenizer."
             )
         check_probe(self.tokenizer, job.codes, job.probe, job.codes.path)
@@ -164,17 +182,18 @@ class ShardEncoder:
 
     def _rows(self, good: pa.Table) -> pa.Table:
         job, n, num_views = self.job, len(good), len(self.job.views)
-        size, channels = job.images.size, job.images.channels
+        size, channels = job.images.size, input_channels(job.images, job.tokenizer)
 
         def per_view(name: str) -> np.ndarray:
             width = job.decoded_schema.field(name).type.byte_width
             return byte_rows(good[name], width).reshape(n * num_views, width // num_views)
 
+        pixels = per_view("pixels").reshape(-1, size, size, channels)
         boxes = per_view("crops").view(np.float32)
         hashes = [bytes.fromhex(digest) for digest in good["sha256"].to_pylist()]
         return make_rows(
             job.row_format,
-            codes=encode_views(self.tokenizer, per_view("pixels").reshape(-1, size, size, channels), job.codes),
+            codes=encode_views(self.tokenizer, pixels, job.codes, job.tokenizer.num_labels),
             image_ids=good["image_id"].to_numpy().repeat(num_views),
             views=np.tile(np.arange(num_views), n),
             crops=boxes[:, :4],

@@ -22,16 +22,17 @@ from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
 from pipeline.encoding import numeric_mode, prepare_encoder
+from pipeline.inputs import IMAGE, check_map, input_channels, input_spec
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
 from pipeline.shard_jobs import encode_missing_shards, map_on_ray
-from pipeline.shard_tasks import ShardJob
+from pipeline.shard_tasks import ShardJob, maps_of
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
-from pipeline.views import expand_views, preprocessing_spec
+from pipeline.views import expand_views
 from stages.config import to_dict, to_yaml
 from stages.errors import ArtefactError, BadImage, ConfigError, TesseraError
-from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer import Tokenizer, num_channels
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     views = check_images(tokenizer, options)
     source = open_source(options.source, options.images)
     listing = source.list_images(options.source.split)
-    check_conditions(source, listing["uri"].to_pylist(), options.codes.conditions)
+    check_maps(source, listing["uri"].to_pylist(), options)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path
     storage.check_conditional_put(root)
@@ -101,7 +102,7 @@ def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Toke
         row_format=_row_format(options, plan, tokenizer),
         plan_fingerprint=plan.fingerprint,
         plan_images=ray.put(plan.images),
-        tokenizer_path=options.tokenizer.path,
+        tokenizer=options.tokenizer,
         tokenizer_fingerprint=tokenizer.fingerprint,
         probe=probe,
     )
@@ -142,10 +143,11 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
         ConfigError: naming the key.
     """
     images, codes = options.images, options.codes
-    if images.channels != tokenizer.config.in_channels:
+    channels, taken = num_channels(options.tokenizer, images), tokenizer.config.in_channels
+    if channels != taken:
+        key = "images.channels" if options.tokenizer.input == IMAGE else "tokenizer.num_labels (1 without labels)"
         raise ConfigError(
-            f"images.channels is {images.channels}, but the tokenizer in {options.tokenizer.path} takes "
-            f"{tokenizer.config.in_channels}. Use the same number."
+            f"{key} is {channels}, but the tokenizer in {options.tokenizer.path} takes {taken} channels. Use the same number."
         )
     if images.size % tokenizer.downsample:
         raise ConfigError(
@@ -158,7 +160,7 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
             f"{1 << codes.row_group_rows.bit_length()}."
         )
     views = expand_views(images.views)
-    image_bytes = len(views) * images.size**2 * images.channels
+    image_bytes = len(views) * images.size**2 * input_channels(images, options.tokenizer)
     if codes.shard_size * image_bytes > MAX_SHARD_BYTES:
         raise ConfigError(
             f"codes.shard_size is {codes.shard_size}, but the pixels of {len(views)} views of so many images are more than the "
@@ -167,13 +169,16 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
     return views
 
 
-def check_conditions(source: Source, uris: Sequence[str], names: Sequence[str]) -> None:
-    """Refuses conditions that the source's images do not have, as far as its first usable image tells.
+def check_maps(source: Source, uris: Sequence[str], options: TokenizeOptions) -> None:
+    """Refuses condition maps that the source does not have, and one to tokenize that is of another kind than the tokenizer takes.
+
+    Its first usable image tells.
 
     Raises:
         ConfigError: naming what there is.
     """
-    if not names:
+    wanted = maps_of(options.tokenizer, options.codes.conditions)
+    if not wanted:
         return
     for uri in uris[:NUM_TRIED]:
         try:
@@ -181,12 +186,16 @@ def check_conditions(source: Source, uris: Sequence[str], names: Sequence[str]) 
         except (BadImage, FileNotFoundError):
             continue
         maps = [name for name, values in example.conditions.items() if values.shape == example.image.shape[:2]]
-        unknown = [name for name in names if name not in maps]
+        unknown = [name for name in wanted if name not in maps]
         if unknown:
+            stored = options.codes.conditions
+            given = f"codes.conditions is {list(stored)}" if unknown[0] in stored else f"tokenizer.input is {unknown[0]}"
             raise ConfigError(
-                f"codes.conditions is {list(names)}, but {unknown[0]} is no map of this source's images, which have: "
-                f"{', '.join(maps) or 'none'}. Choose from these."
+                f"{given}, but {unknown[0]} is no map of this source's images, which have: {', '.join(maps) or 'none'}. Choose from "
+                "these."
             )
+        if options.tokenizer.input != IMAGE:
+            check_map(example.conditions[options.tokenizer.input], options.tokenizer, uri)
         return
 
 
@@ -197,7 +206,7 @@ def plan_identity(
     codes = options.codes
     return {
         "tokenizer": tokenizer.fingerprint,
-        "preprocess": preprocessing_spec(options.images),
+        "preprocess": input_spec(options.images, options.tokenizer),
         "views": list(views),
         "conditions": list(codes.conditions),
         "class_names": list(class_names),

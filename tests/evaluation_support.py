@@ -111,6 +111,7 @@ def write_job(root: Path) -> EvaluateOptions:
         images=images,
         tokenizer=tokenizer,
         codes=codes,
+        conditioning=ConditioningOptions(),
         sampling=SamplingOptions(group_size=8, cfg_scale=2.0, seed=5),
         evaluation=EvaluationOptions(
             path=str(root / "evaluation"),

@@ -68,12 +68,14 @@ class Server:
     def __enter__(self) -> "Server":
         for name, value in self.environment.items():
             self._patch.setenv(name, value)
+        forget_connections()
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.kill()
         self._patch.undo()
+        forget_connections()
 
     def start(self) -> None:
         command = server_command(self._folder, self._ports)
@@ -86,6 +88,12 @@ class Server:
         """SIGKILL."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+
+def forget_connections() -> None:
+    """Lets this process connect anew, to where the environment variables now lead."""
+    storage._fs.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @contextmanager

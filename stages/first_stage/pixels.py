@@ -15,6 +15,11 @@ def to_one_hot(labels: Tensor, num_labels: int) -> Tensor:
     return F.one_hot(labels[..., 0].long(), num_labels).permute(0, 3, 1, 2).float()
 
 
+def to_input(pixels: Tensor, num_labels: int | None) -> Tensor:
+    """What a tokenizer takes of uint8 pixels: `to_float`, or with `num_labels` `to_one_hot`."""
+    return to_float(pixels) if num_labels is None else to_one_hot(pixels, num_labels)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Float (B, C, H, W) around [-1, 1], clamped, to uint8 (B, H, W, C), truncating as the original system does."""
     scaled = (images.float().clamp(-1.0, 1.0) + 1.0) * 127.5

@@ -47,10 +47,23 @@ class ConditioningOptions:
     name: str = option(
         "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, codes, or `package.module:Class`."
     )
-    num_tokens: int = option(1, "Condition tokens per image; more than 1 with codes only.", low=1)
+    num_tokens: int | None = option(
+        None, "Condition tokens per image; those of the code dataset of conditions, or 1, if not given.", low=1
+    )
+    codes_path: str | None = option(
+        None, "With name codes: code dataset of the conditions, of the same images and views as codes.path."
+    )
+    validation_codes_path: str | None = option(
+        None, "The same for the images of train.validation_path. `sample` and `evaluate` draw for these where it is given."
+    )
     cond_drop_prob: float = option(
         0.1, "Share of training rows whose condition is replaced by the null condition.", low=0.0, high=1.0
     )
+
+    @property
+    def sampled_codes_path(self) -> str | None:
+        """Code dataset of the conditions that samples are drawn for: those that no training saw, if there are any."""
+        return self.validation_codes_path or self.codes_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,10 +59,10 @@ def read(foreign: Foreign, request: Request) -> Description:
     num_heads = _num_heads(foreign.path, request, params, width)
     _warn_unsupported(params, request)
     conditioning, num_classes, rows = _condition(request, has_tokenizer, len(positions))
-    num_positions = conditioning.num_tokens + request.grid[0] * request.grid[1] - 1
+    num_positions = (conditioning.num_tokens or 1) + request.grid[0] * request.grid[1] - 1
     if len(positions) < num_positions:
         raise ArtefactError(
-            f"{foreign.path} has {len(positions)} positions, but {conditioning.num_tokens} condition tokens and a grid of "
+            f"{foreign.path} has {len(positions)} positions, but {conditioning.num_tokens or 1} condition tokens and a grid of "
             f"{request.grid[0]} x {request.grid[1]} codes need {num_positions}. Name the image size it was trained on."
         )
     condition = vocabulary[rows]
@@ -118,11 +118,9 @@ def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tup
         num_classes = number(stage, "n_classes", project.path, num_classes)
     elif stage is not None or has_tokenizer:
         num_tokens = num_positions - request.grid[0] * request.grid[1]
-        return (
-            ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0),
-            size,
-            list(range(size)),
-        )
+        num_codes = min(size, request.condition_codebook_size or size)
+        conditioning = ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0)
+        return conditioning, num_codes, list(range(num_codes))
     if num_classes is None:
         raise ConfigError(
             "--num-classes is not given, but the tensors cannot tell how many classes the condition has. Name it, 0 for none, or "

@@ -101,7 +101,7 @@ def open_conditioning(name: str, num_classes: int, hidden_size: int, num_prefix_
     target = CONDITIONINGS.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        allowed = ", ".join(sorted(CONDITIONINGS))
+        allowed = ", ".join(sorted([*CONDITIONINGS, "codes"]))
         raise ConfigError(
             f"conditioning.name is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one."
         )

@@ -20,6 +20,7 @@ class Request:
     num_heads: int | None
     num_classes: int | None
     project: Project | None
+    condition_codebook_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

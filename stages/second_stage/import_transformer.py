@@ -55,6 +55,7 @@ def take_transformer(
     num_heads: int | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    condition_tokenizer: Tokenizer | None = None,
 ) -> ImportedTransformer:
     """The transformer in a checkpoint.
 
@@ -66,6 +67,7 @@ def take_transformer(
         num_heads: attention heads, where neither project nor the published sizes tell.
         num_classes: of a class condition, where neither project nor tensors tell.
         image_size: side of its images in pixels; the tokenizer's resolution if not given.
+        condition_tokenizer: whose codes condition it, where the checkpoint holds one.
 
     Raises:
         ConfigError: something that the tensors cannot tell is missing, or contradicts them.
@@ -79,7 +81,12 @@ def take_transformer(
         )
     side = tokenizer.grid(image_size or tokenizer.config.resolution)
     request = Request(
-        codebook_size=tokenizer.codebook_size, grid=side, num_heads=num_heads, num_classes=num_classes, project=project
+        codebook_size=tokenizer.codebook_size,
+        grid=side,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        project=project,
+        condition_codebook_size=condition_tokenizer.codebook_size if condition_tokenizer is not None else None,
     )
     read = compvis_gpt.read if found == "compvis" else llamagen_gpt.read
     description = read(foreign, request)

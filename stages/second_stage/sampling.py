@@ -5,6 +5,8 @@ behind every draw is a hash of (seed, index, position), and indices are computed
 product ever changes its shape with the caller's batch or the number of workers.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -67,14 +69,24 @@ def sample_labels(options: SamplingOptions, indices: np.ndarray, num_classes: in
 
 
 @torch.inference_mode()
-def sample_group(model: Transformer, options: SamplingOptions, group: int) -> np.ndarray:
-    """Codes of the indices [group * group_size, (group + 1) * group_size), int64 (group_size, L), in raster order."""
+def sample_group(
+    model: Transformer, options: SamplingOptions, group: int, labels_at: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """Codes of the indices [group * group_size, (group + 1) * group_size), int64 (group_size, L), in raster order.
+
+    Args:
+        model: in eval mode.
+        options: how codes are drawn.
+        group: number of the group.
+        labels_at: labels of global sample indices, int64 (n,) or (n, P); `sample_labels` if not given.
+    """
     config = model.config
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     size = options.group_size
     indices = np.arange(group * size, (group + 1) * size)
-    labels_B = torch.from_numpy(sample_labels(options, indices, config.num_classes)).to(device)
+    labels = sample_labels(options, indices, config.num_classes) if labels_at is None else labels_at(indices)
+    labels_B = torch.from_numpy(labels).to(device)
     guided = options.cfg_scale != 1.0 and model.conditioning.is_conditional
     fed_labels = torch.cat([labels_B, model.conditioning.null(labels_B)]) if guided else labels_B
     cache = KVCache(config, len(fed_labels), model.conditioning.num_prefix_tokens + config.num_codes - 1, dtype, device)
@@ -95,9 +107,15 @@ def sample_group(model: Transformer, options: SamplingOptions, group: int) -> np
     return codes_BL.cpu().numpy()
 
 
-def sample_codes(model: Transformer, options: SamplingOptions, start: int, stop: int) -> np.ndarray:
+def sample_codes(
+    model: Transformer,
+    options: SamplingOptions,
+    start: int,
+    stop: int,
+    labels_at: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """Codes of the global sample indices [start, stop), int64 (stop - start, L); whole groups are computed and cut to fit."""
     size = options.group_size
     groups = range(start // size, -(-stop // size))
-    codes = np.concatenate([sample_group(model, options, group) for group in groups])
+    codes = np.concatenate([sample_group(model, options, group, labels_at) for group in groups])
     return codes[start - groups.start * size : stop - groups.start * size]

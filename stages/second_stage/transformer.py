@@ -78,8 +78,10 @@ def transformer_config(
     """The module asked for by the options, on a code dataset with these properties.
 
     Raises:
-        ConfigError: the heads do not divide the width, or with rotary positions not into multiples of 4.
+        ConfigError: the heads do not divide the width, or with rotary positions not into multiples of 4, or condition tokens do not lie
+            on the grid.
     """
+    num_prefix_tokens = conditioning.num_tokens or 1
     if options.positions == "learned" and options.hidden_size % options.num_heads:
         raise ConfigError(
             f"model.hidden_size is {options.hidden_size}, but it must be a multiple of model.num_heads = {options.num_heads}. "
@@ -89,6 +91,12 @@ def transformer_config(
         raise ConfigError(
             f"model.hidden_size is {options.hidden_size}, but it must be a multiple of 4 * model.num_heads = {4 * options.num_heads} "
             f"(2-D rotary positions). Use {math.ceil(options.hidden_size / 4 / options.num_heads) * 4 * options.num_heads}."
+        )
+    if options.positions != "learned" and prefix_stride(grid, num_prefix_tokens) is None:
+        raise ConfigError(
+            f"conditioning.num_tokens is {num_prefix_tokens}, but with rotary positions the tokens of a condition must lie on the grid of "
+            f"{grid[0]} x {grid[1]} codes, {grid[0] * grid[1]} or a power of 4 more or fewer. Tokenize conditions to such a grid, or "
+            f"set model.positions=learned."
         )
     return TransformerConfig(
         codebook_size=codebook_size,
@@ -103,7 +111,7 @@ def transformer_config(
         embedding_dropout=options.embedding_dropout,
         qk_norm=options.qk_norm,
         rope_base=options.rope_base,
-        num_prefix_tokens=conditioning.num_tokens,
+        num_prefix_tokens=num_prefix_tokens,
         norm=options.norm,
         norm_eps=options.norm_eps,
         ffn=options.ffn,
@@ -137,14 +145,38 @@ def num_parameters(config: TransformerConfig) -> int:
     return sum(matrix_sizes(config)) + sum(other_sizes(config))
 
 
+def prefix_stride(grid: tuple[int, int], num_prefix_tokens: int) -> float | None:
+    """Cells of the grid from one condition token to the next, a power of 2; 0 for a single token, which has no place; else None."""
+    if num_prefix_tokens == 1:
+        return 0.0
+    exponent = math.log2(grid[0] * grid[1] / num_prefix_tokens) / 2
+    stride = 2.0**exponent
+    fits = exponent.is_integer() and (grid[0] / stride).is_integer() and (grid[1] / stride).is_integer()
+    return stride if fits else None
+
+
 def rope_angles(grid: tuple[int, int], num_prefix_tokens: int, head_size: int, base: float) -> Tensor:
-    """Rotation angles (P + L, D / 2): half of the pairs turn with the row, half with the column; prefix tokens do not turn."""
+    """Rotation angles (P + L, D / 2): half of the pairs turn with the row, half with the column.
+
+    A single prefix token does not turn; more are those of a condition with a grid of its own, and turn like the middle of the cells
+    that they cover.
+    """
+    stride = prefix_stride(grid, num_prefix_tokens)
+    codes = grid_angles(grid, 1.0, head_size, base)
+    if not stride:
+        return torch.cat([torch.zeros(num_prefix_tokens, codes.shape[1]), codes])
+    height, width = round(grid[0] / stride), round(grid[1] / stride)
+    return torch.cat([grid_angles((height, width), stride, head_size, base), codes])
+
+
+def grid_angles(grid: tuple[int, int], stride: float, head_size: int, base: float) -> Tensor:
+    """Rotation angles (h * w, D / 2) of cells that are `stride` cells of a grid of codes wide."""
     num_pairs = head_size // 4
     frequencies = base ** (-torch.arange(num_pairs, dtype=torch.float32) / num_pairs)
-    rows = torch.arange(grid[0], dtype=torch.float32)[:, None, None] * frequencies
-    columns = torch.arange(grid[1], dtype=torch.float32)[None, :, None] * frequencies
-    angles = torch.cat([rows.expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
-    return torch.cat([torch.zeros(num_prefix_tokens, 2 * num_pairs), angles])
+    rows, columns = (stride * (torch.arange(n, dtype=torch.float32) + 0.5) - 0.5 for n in grid)
+    by_row, by_column = rows[:, None, None] * frequencies, columns[None, :, None] * frequencies
+    angles = torch.cat([by_row.expand(-1, grid[1], -1), by_column.expand(grid[0], -1, -1)], dim=-1)
+    return angles.flatten(0, 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -276,7 +308,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
-        """Logits of every code of whole sequences, (B, L, V), for int64 codes (B, L) and labels (B,)."""
+        """Logits of every code of whole sequences, (B, L, V), for int64 codes (B, L) and labels (B,), or (B, P) of a condition of codes."""
         x_BTC = torch.cat([self.conditioning(labels_B), self.code_embedding(codes_BL[:, :-1])], dim=1)
         hidden = self._run(x_BTC, 0, None)
         return self.head(hidden[:, self.conditioning.num_prefix_tokens - 1 :])

@@ -1,5 +1,6 @@
 """A published transformer as a run: sampled from, verified, trained on, and refused where it does not belong."""
 
+import dataclasses
 import os
 import shutil
 
@@ -10,13 +11,13 @@ import yaml
 from code_dataset_support import Recipe
 from foreign_support import foreign, llamagen_tensors, net2net_tensors, tokenizer
 from safetensors.torch import load_file
-from train_support import log_of, options_for, train
+from train_support import log_of, losses, options_for, train
 
 from cluster import checkpoints
 from cluster.import_run import ImportTransformerOptions, import_transformer
 from cluster.resume import check_resumable
 from cluster.sampler_actor import SamplerActor, load_transformer
-from cluster.train_options import dataset_transformer_config
+from cluster.train_options import dataset_transformer_config, training_conditions
 from cluster.verify_run import verify_run
 from pipeline.code_dataset import CodeDataset
 from pipeline.tokenizers import store_tokenizer, tokenizer_fingerprint
@@ -99,8 +100,9 @@ def dataset_recipe(summary, **changes):
 
 def check(options):
     dataset = CodeDataset.open(options.codes.path, verify=False)
-    config = dataset_transformer_config(options, dataset)
-    check_resumable(checkpoints.latest_commit(options.run.path), options, dataset, config)
+    conditions = training_conditions(options, dataset, verify=False)
+    config = dataset_transformer_config(options, dataset, conditions)
+    check_resumable(checkpoints.latest_commit(options.run.path), options, dataset, conditions, config)
 
 
 @pytest.mark.parametrize("world_size,zero_stage", [(1, 1), *(pytest.param(2, z, marks=pytest.mark.slow) for z in (0, 2, 3))])
@@ -167,27 +169,104 @@ def test_llamagen_needs_a_tokenizer_that_is_there(tmp_path):
     assert not os.path.exists(missing.output)
 
 
-def test_a_condition_of_codes_is_imported_but_not_drawn_for(tmp_path):
-    cond = {f"cond_stage_model.{name}": t for name, t in foreign(codes_tokenizer(1), "compvis").items()}
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory):
+    """The same of a transformer that is conditioned on codes, whose tokenizer of conditions has fewer codes than the vocabulary."""
+    folder = str(tmp_path_factory.mktemp("conditioned"))
+    condition = tokenizer(1, resolution=2 * SIDE, attention_resolutions=(), codebook_size=CODEBOOK - 8)
+    cond = {f"cond_stage_model.{name}": t for name, t in foreign(condition, "compvis").items()}
     first = {f"first_stage_model.{name}": t for name, t in foreign(codes_tokenizer(), "compvis").items()}
-    torch.save({"state_dict": {**first, **cond, **net2net_tensors(2 * SIDE**2, CODEBOOK)}}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": {**first, **cond, **net2net_tensors(2 * SIDE**2, CODEBOOK)}}, f"{folder}/last.ckpt")
     options = ImportTransformerOptions(
-        file=str(tmp_path / "last.ckpt"),
-        output=str(tmp_path / "run"),
-        tokenizer=str(tmp_path / "tokenizer"),
-        condition_tokenizer=str(tmp_path / "condition"),
+        file=f"{folder}/last.ckpt",
+        output=f"{folder}/run",
+        tokenizer=f"{folder}/tokenizer",
+        condition_tokenizer=f"{folder}/condition",
         num_heads=2,
         image_size=2 * SIDE,
     )
-    summary = import_transformer(options)
+    return folder, options, import_transformer(options)
+
+
+def condition_recipe(options, **changes):
+    """Of codes of the imported tokenizer of conditions."""
+    fingerprint = tokenizer_fingerprint(options.condition_tokenizer)
+    sizes = dict(num_images=30, bad_images=(), grid=(SIDE, SIDE), codebook_size=CODEBOOK - 8)
+    return Recipe(**{**sizes, "tokenizer_fingerprint": fingerprint, **changes})
+
+
+def test_a_transformer_conditioned_on_codes_is_sampled_from(conditioned, tmp_path):
+    _, options, summary = conditioned
     transformer = checkpoints.open_commit(summary.checkpoint).content["transformer"]
     assert (transformer["conditioning"], transformer["num_prefix_tokens"]) == ("codes", SIDE**2)
-    assert tokenizer_fingerprint(options.condition_tokenizer) != summary.fingerprint
-    with pytest.raises(ArtefactError, match="conditioned on codes"):
+    recipe = condition_recipe(options)
+    path = recipe.write(str(tmp_path / "conditions"))
+    actor = SamplerActor(summary.checkpoint, options.tokenizer, SAMPLING, conditions_path=path)
+    assert np.array_equal(actor.labels(28, 33), recipe.codes[[28, 29, 0, 1, 2], 0])
+    model = load_transformer(checkpoints.open_commit(summary.checkpoint))
+    expected = sample_codes(model, SAMPLING, 0, 6, lambda indices: recipe.codes[indices % 30, 0])
+    assert np.array_equal(actor.codes(0, 6), expected)
+    assert not np.array_equal(expected, sample_codes(model, SAMPLING, 0, 6, lambda indices: recipe.codes[indices * 0, 0]))
+    with pytest.raises(ConfigError, match="conditioning.codes_path is not set, but checkpoint .* is conditioned on codes"):
         SamplerActor(summary.checkpoint, options.tokenizer, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer_fingerprint": "a" * 64}, "with tokenizer a{64}, but .* trained on conditions with [0-9a-f]{64}"),
+        ({"codebook_size": 20}, "with codebook size 20, but .* with 40"),
+        ({"grid": (2, 2)}, "with codes per image 4, but .* with 16"),
+    ],
+)
+def test_conditions_of_another_kind_are_refused(conditioned, tmp_path, changes, message):
+    _, options, summary = conditioned
+    path = condition_recipe(options, **changes).write(str(tmp_path / "conditions"))
+    with pytest.raises(ArtefactError, match=message):
+        SamplerActor(summary.checkpoint, options.tokenizer, SAMPLING, conditions_path=path)
+
+
+def test_a_transformer_conditioned_on_codes_is_trained_on(conditioned, tmp_path):
+    source, options, summary = conditioned
     codes = dataset_recipe(summary).write(str(tmp_path / "codes"))
-    with pytest.raises(ConfigError, match="conditioning.name is codes"):
-        check(options_for(str(tmp_path), codes, conditioning={"name": "codes", "num_tokens": 16}))
+    held_out = dataset_recipe(summary, num_images=5).write(str(tmp_path / "held-out"))
+    conditions, other = (
+        condition_recipe(options, **more).write(str(tmp_path / name))
+        for name, more in (("conditions", {}), ("other", {"tokenizer_fingerprint": "a" * 64}))
+    )
+    shutil.copytree(f"{source}/run", tmp_path / "run")
+    with open(summary.config) as file:
+        described = yaml.safe_load(file)
+    paths = {"codes_path": conditions, "validation_codes_path": conditions}
+
+    def training_on(num_steps, **changes):
+        given = {**described["conditioning"], **paths, **changes}
+        return options_for(
+            str(tmp_path),
+            codes,
+            model=described["model"],
+            conditioning=given,
+            train={"num_steps": num_steps, "checkpoint_every_steps": 2, "validation_path": held_out},
+        )
+
+    check(training_on(4))
+    with pytest.raises(ArtefactError, match="conditioning.codes_path gives tokenizer a{64}, but the imported transformer"):
+        check(training_on(4, codes_path=other))
+    whole = train(training_on(4), 1)
+    assert whole.content["conditions"]["root_hash"] == CodeDataset.open(conditions, verify=False).root_hash
+    assert whole.validation_nll > 0
+    before = losses(whole)
+    shutil.rmtree(whole.path)
+    again = train(training_on(4), 1)  # from the commit of step 2
+    assert losses(again) == before and again.content["sample_log_hash"] == whole.content["sample_log_hash"]
+    with pytest.raises(ArtefactError, match="conditioning.codes_path gives conditions .* with"):
+        check(training_on(6, codes_path=other))
+
+
+def test_the_tokenizer_of_a_condition_needs_a_folder(conditioned, tmp_path):
+    _, options, _ = conditioned
+    with pytest.raises(ConfigError, match="--condition-tokenizer is not given, but .* holds the tokenizer of its condition"):
+        import_transformer(dataclasses.replace(options, output=str(tmp_path / "run"), condition_tokenizer=None))
 
 
 def change(name, value):

@@ -72,7 +72,7 @@ def test_a_death_at_any_point_changes_nothing(tmp_path, undisturbed, point, worl
     assert verify_run(run_path) == []
 
 
-LONG = {**TRAIN, "precision": "fp32", "num_samples": 1600, "checkpoint_every_steps": 5, "min_crop": 0.7}
+LONG = {**TRAIN, "precision": "fp32", "num_samples": 1600, "checkpoint_every_steps": 5, "log_every_steps": 1, "min_crop": 0.7}
 
 
 @pytest.mark.ray

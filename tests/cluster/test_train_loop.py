@@ -158,13 +158,13 @@ def test_a_run_is_not_continued_with_other_options(finished, codes, tmp_path, se
     options = options_for(tmp_path, codes, **sections)
     dataset = CodeDataset.open(codes, verify=False)
     with pytest.raises(ArtefactError) as caught:
-        check_resumable(commit, options, dataset, dataset_transformer_config(options, dataset))
+        check_resumable(commit, options, dataset, None, dataset_transformer_config(options, dataset, None))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_a_run_is_not_continued_on_another_dataset(finished, tmp_path):
     options, commit = finished
     other = CodeDataset.open(dataclasses.replace(RECIPE, num_images=23).write(tmp_path / "codes"), verify=False)
-    config = dataset_transformer_config(options, other)
+    config = dataset_transformer_config(options, other, None)
     with pytest.raises(ArtefactError, match=f"{other.root_hash}.*{commit.root_hash}"):
-        check_resumable(commit, options, other, config)
+        check_resumable(commit, options, other, None, config)

@@ -19,7 +19,6 @@ from s3_support import BUCKET, Server
 from evaluation.evaluate import evaluate
 from evaluation.records import list_records, read_record, record_id, record_path, write_record
 from stages.config import to_dict
-from stages.errors import TesseraError
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a process is called while it is in a phase.
@@ -180,25 +179,20 @@ def test_the_driver_killed_in_any_phase_leaves_a_right_record_or_none(options, e
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["sampling", "holdout"])
-def test_the_store_killed_in_any_phase_leaves_a_right_record_or_none(options, expected, tmp_path, phase):
-    with Server(str(tmp_path)) as server:
+@pytest.mark.parametrize("phase", ["sampling", "reference", "holdout"])
+def test_the_store_killed_in_any_phase_leaves_a_right_record_or_none(options, expected, tmp_path, tmp_path_factory, phase):
+    (tmp_path / "store").mkdir()
+    with Server(str(tmp_path / "store")) as server:
         again = with_path(options, f"s3://{BUCKET}/evaluation")
-        stop = threading.Event()
-
-        def kill_store():
-            if wait_for_phase(psutil.Process(), phase, stop.is_set):
-                server.kill()
-
-        killer = threading.Thread(target=kill_store)
-        killer.start()
-        try:
-            evaluate(again)
-        except TesseraError as error:
-            assert "cannot be reached" in str(error)
-        finally:
-            stop.set()
-            killer.join()
+        config, folder = write_config(again, tmp_path / "config.json"), str(tmp_path_factory.mktemp("r"))
+        driver = start_driver(config, folder)
+        assert wait_for_phase(psutil.Process(driver.pid), phase, lambda: driver.poll() is not None)
+        server.kill()
+        _, errors = driver.communicate()
+        assert driver.returncode == 1 and "cannot be reached" in errors.splitlines()[-1]
         server.start()
-        assert [each.metrics for each in list_records(again.evaluation.path)] in ([], [expected.metrics])
-        check_same(evaluate(again), expected)
+        assert list_records(again.evaluation.path) == []
+        driver = start_driver(config, folder)
+        output, _ = driver.communicate()
+        assert driver.returncode == 0
+        check_same(read_record(json.loads(output.splitlines()[-1])["record"]), expected)

@@ -15,7 +15,7 @@ from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.tokenizer import Tokenizer
-from stages.options import CodesOptions, ImageOptions
+from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
 IMAGES, CODES = ImageOptions(size=16), CodesOptions(encode_batch_size=16)
 
@@ -50,14 +50,21 @@ def dataset(tmp_path, path):
 
 
 def test_the_configuration_that_made_a_dataset_fits_it(dataset, path):
-    check_dataset(dataset, path, IMAGES)
-    check_dataset(dataset, path, dataclasses.replace(IMAGES, views=("flip",)))  # says what to store, not how
+    tokenizer = TokenizerOptions(path=path)
+    check_dataset(dataset, tokenizer, IMAGES)
+    check_dataset(dataset, tokenizer, dataclasses.replace(IMAGES, views=("flip",)))  # says what to store, not how
+
+
+def test_a_map_is_not_an_image(dataset, path):
+    tokenizer = TokenizerOptions(path=path, input="depth")
+    with pytest.raises(ConfigError, match="tokenizer.input is depth, .* was made with input image"):
+        check_dataset(dataset, tokenizer, IMAGES)
 
 
 def test_another_tokenizer_is_refused_with_both_sides_named(dataset, tmp_path):
     other = stored_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(ArtefactError, match=f"tokenizer.path is {other} with fingerprint") as error:
-        check_dataset(dataset, other, IMAGES)
+        check_dataset(dataset, TokenizerOptions(path=other), IMAGES)
     for side in (open_tokenizer(other).fingerprint, dataset.tokenizer_fingerprint, dataset.path):
         assert side in str(error.value)
 
@@ -72,7 +79,7 @@ def test_another_tokenizer_is_refused_with_both_sides_named(dataset, tmp_path):
 )
 def test_every_image_option_that_differs_is_named(dataset, path, change, ours, theirs):
     with pytest.raises(ConfigError) as error:
-        check_dataset(dataset, path, dataclasses.replace(IMAGES, **change))
+        check_dataset(dataset, TokenizerOptions(path=path), dataclasses.replace(IMAGES, **change))
     assert ours in str(error.value) and theirs in str(error.value)
 
 

@@ -23,7 +23,7 @@ from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import crop_of, expand_views, render, render_map
 from stages.errors import ArtefactError, BadImage
 from stages.first_stage.tokenizer import Tokenizer
-from stages.options import CodesOptions, ImageOptions
+from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
 IMAGES = ImageOptions(size=16, views=("center", "flip", "random-crop:2"))
 VIEWS = expand_views(IMAGES.views)
@@ -95,7 +95,7 @@ def job(tokenizer_path, tmp_path, monkeypatch):
         row_format=RowFormat(num_codes=64, codebook_size=32, has_labels=True, conditions=("segmentation", "depth")),
         plan_fingerprint="p",
         plan_images=images,
-        tokenizer_path=tokenizer_path,
+        tokenizer=TokenizerOptions(path=tokenizer_path),
         tokenizer_fingerprint=tokenizer.fingerprint,
         probe=make_probe(tokenizer, codes),
     )
@@ -138,7 +138,7 @@ def test_a_shard_holds_every_view_of_its_images(job):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     pixels = np.stack([render(examples[i].image, crop, IMAGES) for i, crop in crops])
     codes = unpack(byte_rows(rows["codes"], 40), 64, 5)
-    assert (codes == encode_views(open_tokenizer(job.tokenizer_path), pixels, job.codes)).mean() > 0.99
+    assert (codes == encode_views(open_tokenizer(job.tokenizer.path), pixels, job.codes)).mean() > 0.99
     for name in ("segmentation", "depth"):
         maps = np.stack([render_map(examples[i].conditions[name], crop, (8, 8)) for i, crop in crops])
         np.testing.assert_array_equal(byte_rows(rows[name], 64), maps.reshape(-1, 64))

@@ -136,7 +136,7 @@ def test_the_summary_is_what_was_written(options, summary):
 @pytest.mark.ray
 def test_the_dataset_is_bound_to_its_tokenizer_images_and_arithmetic(options, summary):
     dataset = CodeDataset.open(summary.dataset, verify=True)
-    check_dataset(dataset, options.tokenizer.path, options.images)
+    check_dataset(dataset, options.tokenizer, options.images)
     assert len(dataset.manifest["probe"]["codes"]) == 64
     assert dataset.manifest["encode"] == {"precision": "fp32", "tf32": False, "batch_size": 8}
     assert sum(encoder["num_shards"] for encoder in dataset.manifest["encoders"]) == 8

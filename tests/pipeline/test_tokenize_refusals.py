@@ -73,6 +73,19 @@ def test_conditions_that_a_source_lacks_are_refused_with_what_there_is(options, 
     for name in ("pose", "keypoints"):
         with pytest.raises(ConfigError, match=f"but {name} is no map .*: segmentation, depth, edges. Choose"):
             tokenize(with_codes(job, path=str(tmp_path / "codes"), conditions=("segmentation", name)))
+
+
+def test_a_map_that_does_not_fit_the_tokenizer_is_refused(options, tmp_path):
+    job = dataclasses.replace(
+        with_codes(options, path=str(tmp_path / "codes")), source=SourceOptions(name="scenes", num_images=5)
+    )
+    path = options.tokenizer.path
+    for changes, message in (
+        ({"input": "depth"}, r"tokenizer.num_labels \(1 without labels\) is 1, but the tokenizer in .* takes 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tokenize(dataclasses.replace(job, tokenizer=TokenizerOptions(path=path, **changes)))
+    assert not (tmp_path / "codes").exists()
     assert not (tmp_path / "codes").exists()
 
 

@@ -15,6 +15,7 @@ from stages.second_stage.transformer import (
     nll,
     num_parameters,
     parameter_groups,
+    prefix_stride,
     rope_angles,
     rotations,
     transformer_config,
@@ -114,6 +115,43 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
     torch.testing.assert_close(score(1, 2), score(13, 14))
     assert not torch.isclose(score(0, 1), score(0, 4)), "a step right is not a step down"
     torch.testing.assert_close(rotate(q[None, None, None], angles[7].cos(), angles[7].sin()).norm(), q.norm())
+
+
+@pytest.mark.parametrize("condition,stride", [((4, 6), 1.0), ((2, 3), 2.0), ((8, 12), 0.5)])
+def test_codes_of_a_condition_turn_like_the_cells_that_they_cover(condition, stride):
+    num_tokens = condition[0] * condition[1]
+    assert prefix_stride((4, 6), num_tokens) == stride
+    angles = rope_angles((4, 6), num_tokens, 8, 100.0)
+    prefix, codes = angles[:num_tokens].view(*condition, 4), angles[num_tokens:].view(4, 6, 4)
+    assert torch.equal(codes, rope_angles((4, 6), 1, 8, 100.0)[1:].view(4, 6, 4))
+    if stride == 2.0:  # the middle of four cells
+        codes = codes.view(2, 2, 3, 2, 4).mean((1, 3))
+    if stride == 0.5:  # the middle of four tokens
+        prefix = prefix.view(4, 2, 6, 2, 4).mean((1, 3))
+    torch.testing.assert_close(prefix, codes)
+
+
+def test_a_condition_that_does_not_lie_on_the_grid_needs_learned_positions():
+    sizes = dict(codebook_size=16, grid=(4, 4), num_classes=9)
+    conditioning = ConditioningOptions(name="codes", num_tokens=8)
+    with pytest.raises(ConfigError, match="conditioning.num_tokens is 8, .* grid of 4 x 4 codes.*model.positions=learned"):
+        transformer_config(OPTIONS, conditioning, **sizes)
+    learned = dataclasses.replace(OPTIONS, positions="learned")
+    assert transformer_config(learned, conditioning, **sizes).num_positions == 8 + 15
+
+
+def test_learns_to_repeat_a_condition_of_codes():
+    torch.manual_seed(0)
+    conditioning = ConditioningOptions(name="codes", num_tokens=16)
+    model = Transformer(transformer_config(OPTIONS, conditioning, codebook_size=8, grid=(4, 4), num_classes=8)).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1e-2)
+    for _ in range(150):
+        codes = torch.randint(8, (32, 16))
+        loss = nll(model(codes, 7 - codes), codes).mean() / 16
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5, "nothing but the condition tells the codes"
 
 
 def test_dropout_acts_in_training_only():

@@ -1,0 +1,71 @@
+"""What a tokenizer sees of an example: its image, or one of its condition maps at the same resolution."""
+
+import numpy as np
+
+from pipeline.sources import Example
+from pipeline.views import Crop, preprocessing_spec, render, render_map
+from stages.errors import ConfigError
+from stages.options import ImageOptions, TokenizerOptions
+
+IMAGE = "image"
+
+
+def render_input(
+    example: Example, crop: Crop, images: ImageOptions, tokenizer: TokenizerOptions, uri: str
+) -> np.ndarray:
+    """The crop of what `tokenizer.input` names, uint8 (size, size, C): of a map of labels the ids, of one of numbers 255 times them.
+
+    Args:
+        example: decoded.
+        crop: of the image, and of its maps.
+        images: size and channels.
+        tokenizer: what is tokenized.
+        uri: of the image, for messages.
+
+    Raises:
+        ConfigError: the example has no such map, or the map is not of the kind that `tokenizer.num_labels` says.
+    """
+    name = tokenizer.input
+    if name == IMAGE:
+        return render(example.image, crop, images)
+    if name not in example.conditions:
+        known = ", ".join([IMAGE, *example.conditions])
+        raise ConfigError(f"tokenizer.input is {name}, but images of this source have {known}. Choose one of these.")
+    values = example.conditions[name]
+    check_map(values, tokenizer, uri)
+    return render_map(values, crop, (images.size, images.size))[..., None]
+
+
+def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None:
+    """Refuses a map of numbers where there should be one of labels, the other way round, and labels out of range.
+
+    Raises:
+        ConfigError: naming the image.
+    """
+    name, num_labels, is_float = tokenizer.input, tokenizer.num_labels, values.dtype.kind == "f"
+    if num_labels is None and not is_float:
+        raise ConfigError(
+            f"tokenizer.num_labels is not set, but tokenizer.input is {name}, a map of ids. Set it above the largest id."
+        )
+    if num_labels is not None and is_float:
+        raise ConfigError(
+            f"tokenizer.num_labels is {num_labels}, but tokenizer.input is {name}, a map of numbers. Leave it out."
+        )
+    if num_labels is not None and values.max() >= num_labels:
+        raise ConfigError(
+            f"tokenizer.num_labels is {num_labels}, but the {name} of {uri} has the id {values.max()}. Use at least "
+            f"{values.max() + 1}."
+        )
+
+
+def input_channels(images: ImageOptions, tokenizer: TokenizerOptions) -> int:
+    """Channels of `render_input`."""
+    return images.channels if tokenizer.input == IMAGE else 1
+
+
+def input_spec(images: ImageOptions, tokenizer: TokenizerOptions) -> dict[str, object]:
+    """What happens before the tokenizer, as it enters the identity of a code dataset; maps are named, images are what is not."""
+    spec = preprocessing_spec(images)
+    if tokenizer.input == IMAGE:
+        return spec
+    return {**spec, "input": tokenizer.input, "num_labels": tokenizer.num_labels}

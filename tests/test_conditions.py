@@ -1,0 +1,109 @@
+"""From maps to images on real Ray: maps become codes, a transformer is trained on them, and samples are drawn and measured for them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests_support import TINY_TOKENIZER, tiny_config
+
+from cluster import checkpoints
+from cluster.sample_job import SampleJobOptions, sample
+from cluster.train_job import train
+from cluster.train_options import TrainJobOptions
+from evaluation.evaluate import EvaluateOptions, evaluate
+from pipeline import tokenize_images
+from pipeline.code_dataset import CodeDataset
+from pipeline.encoding import encode_views
+from pipeline.sources import open_source
+from pipeline.tokenize_images import TokenizeOptions, tokenize
+from pipeline.tokenizers import open_tokenizer, store_tokenizer
+from pipeline.views import crop_of, render_map
+from stages.config import select_sections
+from stages.errors import ConfigError, TesseraError
+from stages.first_stage.tokenizer import Tokenizer
+
+NUM_LABELS = 32
+pytestmark = pytest.mark.ray
+
+
+def config_of(folder, **sections):
+    conditioning = {
+        "name": "codes",
+        "codes_path": f"{folder}/map-codes",
+        "validation_codes_path": f"{folder}/map-holdout",
+    }
+    return tiny_config(folder, **{"conditioning": conditioning, **sections})
+
+
+def job_on_maps(folder, split="train", **tokenizer):
+    """A `tokenize` job of segmentation maps."""
+    name = "map-codes" if split == "train" else "map-holdout"
+    config = config_of(folder)
+    options = select_sections(TokenizeOptions, config)
+    given = {"path": f"{folder}/map-tokenizer", "input": "segmentation", "num_labels": NUM_LABELS, **tokenizer}
+    return dataclasses.replace(
+        options,
+        tokenizer=dataclasses.replace(options.tokenizer, **given),
+        codes=dataclasses.replace(options.codes, path=f"{folder}/{name}"),
+        source=dataclasses.replace(options.source, split=split),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(ray_cluster, tmp_path_factory):
+    """Tokenizers of images and of segmentation maps, and the codes of both."""
+    folder = tmp_path_factory.mktemp("conditions")
+    store_tokenizer(Tokenizer(TINY_TOKENIZER), f"{folder}/tokenizer")
+    of_maps = dataclasses.replace(TINY_TOKENIZER, in_channels=NUM_LABELS, codebook_size=24)
+    store_tokenizer(Tokenizer(of_maps), f"{folder}/map-tokenizer")
+    tokenize(select_sections(TokenizeOptions, config_of(folder)))
+    for split in ("train", "holdout"):
+        tokenize(job_on_maps(folder, split))
+    return folder
+
+
+def test_codes_of_maps_are_those_of_the_labels_one_hot(folder):
+    job = job_on_maps(folder)
+    dataset = CodeDataset.open(job.codes.path, verify=True)
+    source = open_source(job.source, job.images)
+    maps = []
+    for row in source.list_images("train").to_pylist():
+        example = source.decode(source.fetch(row["uri"]))
+        crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.images.views]
+        maps += [render_map(example.conditions["segmentation"], crop, (16, 16))[..., None] for crop in crops]
+    expected = encode_views(open_tokenizer(job.tokenizer.path), np.stack(maps), job.codes, NUM_LABELS)
+    assert (dataset.codes(np.arange(dataset.num_rows)) == expected).mean() > 0.999
+    assert len(np.unique(expected)) > 3
+    assert dataset.manifest["preprocess"]["input"] == "segmentation"
+
+
+def test_labels_out_of_range_are_refused_or_quarantined(folder, tmp_path):
+    few = dataclasses.replace(TINY_TOKENIZER, in_channels=2)
+    store_tokenizer(Tokenizer(few), str(tmp_path / "few"))
+    job = job_on_maps(folder, path=str(tmp_path / "few"), num_labels=2)
+    job = dataclasses.replace(job, codes=dataclasses.replace(job.codes, path=str(tmp_path / "codes")))
+    with pytest.raises(ConfigError, match="tokenizer.num_labels is 2, but the segmentation of .* has the id"):
+        tokenize(job)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TesseraError, match="images are unusable .unfit-map [0-9]+"):
+        patch.setattr(tokenize_images, "check_map", lambda *given: None)  # as if the first image were a better one
+        tokenize(job)
+
+
+def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder):
+    config = config_of(folder)
+    run = train(select_sections(TrainJobOptions, config))
+    commit = checkpoints.open_commit(run.checkpoint)
+    held_out = CodeDataset.open(config.conditioning.validation_codes_path, verify=False)
+    assert commit.content["transformer"]["num_classes"] == 24 and commit.content["transformer"]["num_prefix_tokens"] == 64
+    summary = sample(select_sections(SampleJobOptions, config, checkpoint=run.checkpoint))
+    drawn = np.load(f"{summary.samples}/samples.npz")
+    assert np.array_equal(drawn["labels"], held_out.codes(2 * np.arange(6)))
+    assert drawn["images"].shape == (6, 16, 16, 3) and Image.open(f"{summary.samples}/grid.png").size[0] > 16
+    measured = evaluate(select_sections(EvaluateOptions, config, checkpoint=run.checkpoint))
+    assert "gfd" in measured.metrics and "validation_nll" not in measured.metrics
+    elsewhere = dataclasses.replace(config.conditioning, validation_codes_path=None)
+    other = evaluate(
+        select_sections(EvaluateOptions, dataclasses.replace(config, conditioning=elsewhere), checkpoint=run.checkpoint)
+    )
+    assert other.path != measured.path, "samples for other maps are another evaluation"

@@ -94,7 +94,7 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
         "--tokenizer", required=True, help="folder of its tokenizer, made if the checkpoint holds one"
     )
     transformer_importer.add_argument(
-        "--condition-tokenizer", metavar="DIR", help="folder for the tokenizer of its condition"
+        "--condition-tokenizer", metavar="DIR", help="folder for the tokenizer of its condition, where the checkpoint holds one"
     )
     transformer_importer.add_argument(
         "--num-heads", type=int, metavar="N", help="attention heads, where nothing else tells"

@@ -99,7 +99,9 @@ class Tokenizer(nn.Module):
 
     def decode(self, codes_BHW: Tensor) -> Tensor:
         """Images (B, C, H, W) of int64 codes (B, h, w); around [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(self.quantize.decode(codes_BHW)))
+        # Entries looked up lie channels last, in which convolutions and norms on CPUs are further from the exact result.
+        entries_BDHW = self.quantize.decode(codes_BHW).contiguous()
+        return self.decoder(self.post_quant_conv(entries_BDHW))
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Quantized]:
         """Reconstructions and what the losses need."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.code_dataset import CodeDataset
+from pipeline.condition_codes import ConditionCodes
 from pipeline.loader import CodeLoader, LoadedStep, dataset_order, open_dataset
 from pipeline.order import Window, rows_digest
 from stages.errors import ArtefactError
@@ -29,6 +30,7 @@ def loader(
     global_batch_size=10,
     seed=0,
     window_groups=None,
+    conditions=None,
 ):
     return CodeLoader(
         dataset,
@@ -37,6 +39,7 @@ def loader(
         world_size=world_size,
         micro_batch_size=micro_batch_size,
         cond_drop_prob=cond_drop_prob,
+        conditions=conditions,
     )
 
 
@@ -44,6 +47,21 @@ def flat(loaded):
     """Codes and labels of the rows that count."""
     valid = torch.cat([batch.valid for batch in loaded.micro_batches])
     return [torch.cat([getattr(batch, name) for batch in loaded.micro_batches])[valid] for name in ("codes", "labels")]
+
+
+def test_codes_of_a_condition_take_the_place_of_classes(dataset, tmp_path):
+    recipe = Recipe(num_images=40, grid=(2, 2), codebook_size=300)
+    conditions = ConditionCodes(CodeDataset.open(recipe.write(tmp_path), verify=True), dataset)
+    for drop in (0.0, 0.5):
+        loaded = loader(dataset, conditions=conditions, cond_drop_prob=drop).load(3)
+        plain = loader(dataset, cond_drop_prob=drop).load(3)
+        codes, labels = flat(loaded)
+        assert torch.equal(codes, flat(plain)[0]) and loaded.digest == plain.digest
+        rows = dataset_order(dataset, seed=0, global_batch_size=10, window_groups=None).batch(3).rows
+        expected = torch.from_numpy(conditions.labels(rows[: len(labels)]))
+        is_dropped = flat(plain)[1] < 0
+        assert torch.equal(labels, torch.where(is_dropped[:, None], -1, expected))
+        assert is_dropped.any() == (drop > 0)
 
 
 def test_micro_batches_are_ready_tensors(dataset):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from evaluation.estimates import Estimate, jackknife
 from evaluation.statistics import GaussianStatistics, merge_all, subtract
@@ -48,7 +49,9 @@ def covariance_factor(covariance: np.ndarray) -> np.ndarray:
 def frechet_distance(statistics: GaussianStatistics, reference: Reference) -> float:
     """Fréchet distance to a reference, in squared feature units, never below zero. Both need two vectors or more."""
     covariance, factor = statistics.covariance, reference.factor
-    eigenvalues = np.linalg.eigvalsh(factor.T @ covariance @ factor)
+    # torch finds eigenvalues in half the time of numpy. Copies, because arrays that come through Ray are read-only.
+    b_DR, s_DD = torch.tensor(factor), torch.tensor(covariance)
+    eigenvalues = torch.linalg.eigvalsh(b_DR.T @ s_DD @ b_DR).numpy()
     trace_of_root = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
     difference = statistics.mean - reference.mean
     # tr S2 is taken from B, so that what was cut off the rank is missing on both sides of the difference.

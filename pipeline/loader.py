@@ -1,5 +1,6 @@
 """One rank's share of the sample order as ready tensors, read ahead by one thread."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,11 +50,9 @@ class LoadedStep:
 
 def open_dataset(options: CodesOptions, *, verify: bool) -> CodeDataset:
     """The dataset of a configuration. Raises ArtefactError like `CodeDataset.open`."""
-    return _open(options.path, options, verify)
-
-
-def _open(path: str, options: CodesOptions, verify: bool) -> CodeDataset:
-    return CodeDataset.open(path, verify=verify, cache_folder=options.cache_path, cache_bytes=options.cache_bytes)
+    return CodeDataset.open(
+        options.path, verify=verify, cache_folder=options.cache_path, cache_bytes=options.cache_bytes
+    )
 
 
 def open_conditions(
@@ -77,7 +76,7 @@ def open_conditions(
             f"{key} is not set, but conditioning.name is codes. Name the code dataset of the conditions: tokenize the same images "
             f"with the condition's tokenizer, e.g. tokenizer.input=segmentation."
         )
-    return ConditionCodes(_open(path, options, verify), images)
+    return ConditionCodes(open_dataset(dataclasses.replace(options, path=path), verify=verify), images)
 
 
 def dataset_order(dataset: CodeDataset, *, seed: int, global_batch_size: int, window_groups: int | None) -> SampleOrder:
@@ -132,6 +131,7 @@ class CodeLoader:
     ):
         self.dataset, self.order = dataset, order
         self._labelled = dataset if conditions is None else conditions
+        self._sources: list[CodeDataset | ConditionCodes] = [dataset] if conditions is None else [dataset, conditions]
         self.micro_batch_size, self.cond_drop_prob = micro_batch_size, cond_drop_prob
         self._slice = slice_for_rank(order.global_batch_size, rank, world_size)
         self._num_micro_batches = num_micro_batches(order.global_batch_size, micro_batch_size, world_size)
@@ -182,9 +182,8 @@ class CodeLoader:
 
     def _fetch_ahead(self, batch: int) -> None:
         rows = self.order.batch(batch).rows[self._slice]
-        self.dataset.prefetch(rows)
-        if self._labelled is not self.dataset:
-            self._labelled.prefetch(rows)
+        for source in self._sources:
+            source.prefetch(rows)
 
     def settle(self) -> None:
         """Waits until all that was read is checked. To be called before anything is made permanent.
@@ -192,5 +191,5 @@ class CodeLoader:
         Raises:
             ArtefactError: a row group is damaged.
         """
-        self.dataset.settle()
-        self._labelled.settle()
+        for source in self._sources:
+            source.settle()

@@ -11,7 +11,8 @@ from cluster import checkpoints
 from cluster.sample_job import SampleJobOptions, sample
 from cluster.train_job import train
 from cluster.train_options import TrainJobOptions
-from evaluation.evaluate import EvaluateOptions, evaluate
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare
+from evaluation.records import record_id
 from pipeline import tokenize_images
 from pipeline.code_dataset import CodeDataset
 from pipeline.encoding import encode_views
@@ -103,7 +104,7 @@ def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder):
     measured = evaluate(select_sections(EvaluateOptions, config, checkpoint=run.checkpoint))
     assert "gfd" in measured.metrics and "validation_nll" not in measured.metrics
     elsewhere = dataclasses.replace(config.conditioning, validation_codes_path=None)
-    other = evaluate(
+    other = prepare(
         select_sections(EvaluateOptions, dataclasses.replace(config, conditioning=elsewhere), checkpoint=run.checkpoint)
     )
-    assert other.path != measured.path, "samples for other maps are another evaluation"
+    assert record_id(other.identity) != measured.id, "samples for other maps are another evaluation"

@@ -83,7 +83,7 @@ def make_checkpoint(run_path: str, dataset: CodeDataset, step: int = STEP, seed:
     return write_commit(folder, content)
 
 
-def _write_codes(images: ImageOptions, tokenizer: TokenizerOptions, codes: CodesOptions) -> None:
+def write_codes(images: ImageOptions, tokenizer: TokenizerOptions, codes: CodesOptions) -> None:
     """A code dataset that says it was made of scenes with this tokenizer; an evaluation reads nothing else of it."""
     recipe = Recipe(num_images=22, bad_images=(), grid=GRID, codebook_size=CODEBOOK)
     root, opened = recipe.write(codes.path), open_tokenizer(tokenizer.path)
@@ -103,7 +103,7 @@ def write_job(root: Path) -> EvaluateOptions:
     source, images = SourceOptions(num_images=60, num_holdout_images=48), ImageOptions(size=SIZE)
     tokenizer, codes = TokenizerOptions(path=str(root / "tokenizer")), CodesOptions(path=str(root / "codes"))
     make_tokenizer(tokenizer.path, seed=0)
-    _write_codes(images, tokenizer, codes)
+    write_codes(images, tokenizer, codes)
     make_checkpoint(str(root / "run"), CodeDataset.open(codes.path, verify=True))
     return EvaluateOptions(
         run=RunOptions(path=str(root / "run")),

@@ -27,7 +27,9 @@ PHASES = {
     "sampling": "ray::SamplerActor.images",
     "reference": "ray::FeatureActor.of_reference",
     "holdout": "ray::FeatureActor.of_holdout",
+    "neighbours": "ray::FeatureActor.pictures",
 }
+WORKING_PHASES = [phase for phase in PHASES if phase != "start"]
 VICTIMS = ("SamplerActor", "FeatureActor", "EvaluationActor")
 IDENTITY = {"checkpoint_hash": "c"}
 CONTENT = {
@@ -76,8 +78,10 @@ def test_a_writer_killed_at_any_point_leaves_a_right_record_or_none(tmp_path):
 @pytest.fixture(scope="module")
 def options(ray_cluster, tmp_path_factory):
     options = write_job(tmp_path_factory.mktemp("kills"))
-    evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=1, item_size=8)
-    return dataclasses.replace(options, evaluation=evaluation)
+    metrics = (*options.evaluation.metrics, "memorisation")
+    evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=1, item_size=8, metrics=metrics)
+    source = dataclasses.replace(options.source, name="distant_scenes:DistantScenes")
+    return dataclasses.replace(options, evaluation=evaluation, source=source)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def check_same(record, expected):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["sampling", "reference", "holdout"])
+@pytest.mark.parametrize("phase", WORKING_PHASES)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_an_actor_killed_in_any_phase_changes_no_number(options, expected, tmp_path, victim, phase):
     stop, killed = threading.Event(), []
@@ -155,7 +159,7 @@ def start_driver(config, folder):
     return subprocess.Popen(
         [sys.executable, "ray_job.py", "evaluate", "-c", config, "--json"],
         cwd=ROOT,
-        env={**os.environ, "RAY_TMPDIR": folder},
+        env={**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT / "tests")},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -179,7 +183,7 @@ def test_the_driver_killed_in_any_phase_leaves_a_right_record_or_none(options, e
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["sampling", "reference", "holdout"])
+@pytest.mark.parametrize("phase", WORKING_PHASES)
 def test_the_store_killed_in_any_phase_leaves_a_right_record_or_none(options, expected, tmp_path, tmp_path_factory, phase):
     (tmp_path / "store").mkdir()
     with Server(str(tmp_path / "store")) as server:

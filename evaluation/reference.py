@@ -28,7 +28,7 @@ from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ARRAYS = ("n", "mean", "m2", "factor", "features", "kept")
 # What mean and covariance of each output are called in files of pytorch-fid and ADM.
 LAYOUT = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}

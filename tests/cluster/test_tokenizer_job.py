@@ -3,7 +3,9 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
+from quantizer_support import QUANTIZER_SHAPES
 from tests_support import tiny_config
 
 from cluster import checkpoints, run_log
@@ -11,9 +13,12 @@ from cluster.tokenizer_job import train_tokenizer
 from cluster.tokenizer_options import TokenizerJobOptions, training_path
 from evaluation.verify import verify_artefact
 from pipeline import storage
+from pipeline.code_dataset import CodeDataset
+from pipeline.tokenize_images import TokenizeOptions, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from stages.config import select_sections
 from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.quantizers import QUANTIZERS
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
 
 TRAIN = {"precision": "fp32", "num_samples": 64, "checkpoint_every_steps": 2, "log_every_steps": 2, "min_crop": 0.7}
@@ -60,6 +65,24 @@ def test_condition_maps_have_tokenizers_too(ray_cluster, tmp_path, tokenizer):
     assert tokenizer_of_maps.config.in_channels == (tokenizer.get("num_labels") or 1)
     assert 0 < summary.reconstruction_loss < 2
     assert verify_artefact(options.tokenizer.path) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_every_quantizer_goes_from_training_to_a_code_dataset(ray_cluster, tmp_path, kind):
+    size, dim, levels = QUANTIZER_SHAPES[kind]
+    shape = {"codebook_size": size, "codebook_dim": dim, "fsq_levels": levels}
+    sections = {"tokenizer": {**vars(tiny_config(tmp_path).tokenizer), "quantizer": kind, **shape}}
+    options = options_for(tmp_path, scaling={"num_workers": 2, "cpus_per_worker": 0.5}, **sections)
+    assert train_tokenizer(options).num_samples == 64
+    path = options.tokenizer.path
+    assert verify_artefact(path) == verify_artefact(training_path(path)) == []
+    job = select_sections(TokenizeOptions, tiny_config(tmp_path, **sections))
+    summary = tokenize(job)
+    dataset = CodeDataset.open(job.codes.path, verify=True)
+    assert (summary.num_images, dataset.codebook_size) == (60, open_tokenizer(path).codebook_size)
+    assert len(np.unique(dataset.codes(np.arange(dataset.num_rows)))) > 1
 
 
 @pytest.mark.ray

@@ -180,7 +180,7 @@ class TestWholeJob:
 def test_killed_in_the_middle_the_same_command_ends_where_an_undisturbed_one_does(job, capsys, tmp_path, zero_stage):
     """SIGKILL of the driver's whole process group after the first commit, then the same command again."""
     _, config = job
-    common = [f"deepspeed.zero_stage={zero_stage}", "train.num_steps=60", "train.checkpoint_every_steps=3"]
+    common = [f"deepspeed.zero_stage={zero_stage}", "train.num_steps=30", "train.checkpoint_every_steps=3"]
     code, reference, err = run(capsys, "train", "-c", config, *common, f"run.path={tmp_path}/whole", "--json")
     assert code == 0, err
     command = [sys.executable, "ray_job.py", "train", "-c", config, *common, f"run.path={tmp_path}/cut"]

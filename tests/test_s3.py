@@ -1,13 +1,11 @@
-"""Every path on S3: the commands as users run them, in processes of their own, against a real server."""
+"""Every path on S3: the commands as users run them, on a cluster and in processes of their own, against a real server."""
 
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster_support import running_cluster
 from PIL import Image
 from s3_support import BUCKET, FAULTS, break_store
 from tests_support import tiny_config
@@ -32,11 +31,10 @@ TRAIN = ("train.num_steps=30", "train.checkpoint_every_steps=3")
 class Job:
     """A tiny configuration below one s3:// prefix, and the commands run on it so far."""
 
-    def __init__(self, prefix, folder):
-        self.prefix = prefix
+    def __init__(self, prefix, folder, environment):
+        self.prefix, self.environment = prefix, environment
         self.config = os.path.join(folder, "config.yaml")
         self.working_folder = os.path.join(folder, "empty")
-        self.ray_folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
         self.output = ""
         os.mkdir(self.working_folder)
         source = {"name": "image-folder", "path": f"{prefix}/train", "holdout_path": f"{prefix}/holdout"}
@@ -45,10 +43,9 @@ class Job:
     def start(self, *arguments):
         """A command as the leader of a process group, in a working folder that should stay empty."""
         command = [sys.executable, RAY_JOB, *arguments]
-        environment = {**os.environ, "RAY_TMPDIR": self.ray_folder}
         options = {"cwd": self.working_folder, "start_new_session": True, "text": True}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=environment, **options, **pipes)
+        return subprocess.Popen(command, env=self.environment, **options, **pipes)
 
     def run(self, *arguments):
         """The summary of a command that must succeed."""
@@ -65,13 +62,13 @@ class Job:
 @pytest.fixture(scope="module")
 def job(s3_server, tmp_path_factory):
     """Tokenizer (from Parquet), code dataset (from an image folder) and a run of 30 steps, all on S3."""
-    job = Job(f"s3://{BUCKET}/{uuid.uuid4().hex}", str(tmp_path_factory.mktemp("s3-job")))
-    put_images(job.prefix)
-    job.configured("train-tokenizer", "source.name=parquet", f"source.path={job.prefix}/parquet")
-    job.configured("tokenize")
-    job.trained = job.configured("train", *TRAIN)
-    yield job
-    shutil.rmtree(job.ray_folder, ignore_errors=True)
+    with running_cluster() as cluster:
+        job = Job(f"s3://{BUCKET}/{uuid.uuid4().hex}", str(tmp_path_factory.mktemp("s3-job")), cluster.environment)
+        put_images(job.prefix)
+        job.configured("train-tokenizer", "source.name=parquet", f"source.path={job.prefix}/parquet")
+        job.configured("tokenize")
+        job.trained = job.configured("train", *TRAIN)
+        yield job
 
 
 def put_images(prefix):
@@ -105,7 +102,7 @@ def test_all_commands_work_on_s3_and_leave_sound_artefacts(job, s3_server):
     assert job.run("import-tokenizer", f"{prefix}/export", "--output", f"{prefix}/imported")["fingerprint"] == mark
     artefacts = [f"{prefix}/{name}" for name in ("tokenizer", "imported", "codes", "run")]
     for path in (*artefacts, job.trained["checkpoint"], measured["record"]):
-        assert job.run("verify", path) == {"path": path, "ok": True, "problems": []}
+        assert ray_job.main(["verify", path]) == 0, path
     assert os.listdir(job.working_folder) == [], "nothing is written beside S3"
     stored = b"".join(map(storage.read_bytes, storage.list_files(prefix)))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -163,9 +163,8 @@ def check_measured(precision, world_size, zero_stage, *overrides, num_accumulate
     assert peak == pytest.approx(predict(world_size, config).peak, rel=0.1)
 
 
-@pytest.mark.parametrize("precision, zero_stage", [("fp32", 3), ("bf16", 1)])
-def test_the_peak_of_real_ranks_is_the_predicted_one(precision, zero_stage):
-    check_measured(precision, 2, zero_stage)
+def test_the_peak_of_real_ranks_is_the_predicted_one():
+    check_measured("bf16", 2, zero_stage=1)
 
 
 @pytest.mark.slow

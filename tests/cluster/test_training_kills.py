@@ -161,17 +161,14 @@ def kill_something(cluster, driver, victim, choice):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # eight restarts of everything, on whatever machine
 @pytest.mark.parametrize(
     "victims, zero_stage",
     [
         (("worker", "raylet", "driver"), 1),
-        pytest.param(
-            ("worker", "driver", "all", "raylet", "worker", "all", "driver", "raylet"), 2, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ("all", "raylet", "worker", "driver", "raylet", "worker", "driver", "all"), 3, marks=pytest.mark.slow
-        ),
+        (("worker", "driver", "all", "raylet", "worker", "all", "driver", "raylet"), 2),
+        (("all", "raylet", "worker", "driver", "raylet", "worker", "driver", "all"), 3),
     ],
 )
 def test_processes_of_ray_are_killed(tmp_path, victims, zero_stage):

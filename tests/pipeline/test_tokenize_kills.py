@@ -30,13 +30,12 @@ NUM_IMAGES, SHARD_SIZE = 120, 4
 TITLES = {"decoder": "decode_shard", "encoder": "ShardEncoder", "raylet": "raylet/raylet"}  # of processes, in part
 VICTIMS = (*TITLES, "driver")
 FATAL = ("raylet", "driver")  # to the command; the others it survives
-QUICK_VICTIMS = {"local": ["decoder", "driver"], "s3": ["encoder"]}
+QUICK_VICTIMS = ["encoder", "driver"]
 KILLS_PER_DATASET = 5
 SECONDS_TO_DIE = 120
 
 pytestmark = pytest.mark.timeout(3600)
-quick_and_slow = pytest.mark.parametrize("speed", ["quick", pytest.param("slow", marks=pytest.mark.slow)])
-places = pytest.mark.parametrize("place", ["local", "s3"])
+CASES = [("local", "quick"), *(pytest.param(place, "slow", marks=pytest.mark.slow) for place in ("local", "s3"))]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +66,12 @@ def write_config(folder, tokenizer, root):
 
 
 @pytest.mark.ray
-@quick_and_slow
-@places
+@pytest.mark.parametrize("place, speed", CASES)
 def test_killed_processes_lose_and_repeat_nothing(place, speed, request, tokenizer, expected_root_hash, tmp_path):
     base = request.getfixturevalue("s3") if place == "s3" else str(tmp_path)
     choice, num_kills = random.Random(place), 0
     for number in itertools.count():
-        victims = choice.choices(VICTIMS, k=KILLS_PER_DATASET) if speed == "slow" else QUICK_VICTIMS[place]
+        victims = choice.choices(VICTIMS, k=KILLS_PER_DATASET) if speed == "slow" else QUICK_VICTIMS
         root = f"{base}/codes-{number}"
         num_kills += tokenize_under_fire(write_config(tmp_path, tokenizer, root), root, victims, choice)
         assert sound(root, expected_root_hash)
@@ -82,7 +80,8 @@ def test_killed_processes_lose_and_repeat_nothing(place, speed, request, tokeniz
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "s3"])
 def test_two_jobs_at_once_write_one_dataset(place, request, tokenizer, expected_root_hash, tmp_path):
     root = request.getfixturevalue("s3") if place == "s3" else str(tmp_path / "codes")
     config = write_config(tmp_path, tokenizer, root)

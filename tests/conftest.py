@@ -12,6 +12,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny convolutions crawl when threads wait for each other
 os.environ.pop("RAY_ADDRESS", None)
+# What Ray's workers import besides Tessera. Not all of tests/, whose folders would hide packages of the same names.
+WORKER_MODULES = os.path.join(os.path.dirname(__file__), "worker_modules")
+os.environ["PYTHONPATH"] = os.pathsep.join([WORKER_MODULES, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -159,7 +159,7 @@ def start_driver(config, folder):
     return subprocess.Popen(
         [sys.executable, "ray_job.py", "evaluate", "-c", config, "--json"],
         cwd=ROOT,
-        env={**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT / "tests")},
+        env={**os.environ, "RAY_TMPDIR": folder},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

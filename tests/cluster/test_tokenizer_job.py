@@ -81,7 +81,7 @@ def test_every_quantizer_goes_from_training_to_a_code_dataset(ray_cluster, tmp_p
     job = select_sections(TokenizeOptions, tiny_config(tmp_path, **sections))
     summary = tokenize(job)
     dataset = CodeDataset.open(job.codes.path, verify=True)
-    assert (summary.num_images, dataset.codebook_size) == (60, open_tokenizer(path).codebook_size)
+    assert (summary.num_rows, dataset.codebook_size) == (120, open_tokenizer(path).codebook_size)
     assert len(np.unique(dataset.codes(np.arange(dataset.num_rows)))) > 1
 
 

@@ -1,6 +1,5 @@
 """The first-stage job: checks on the driver, then workers on Ray Train that train the VQGAN on images which Ray Data streams."""
 
-import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -90,9 +89,7 @@ def _train(options: TokenizerJobOptions, inputs: TrainingInputs, run_path: str, 
     storage.check_conditional_put(run_path)
     storage.replace(storage.join(run_path, "config.yaml"), to_yaml(options).encode())
     logger.info("Training a tokenizer on %d images of %s", inputs.num_images, options.source.name)
-    threads = options.scaling.threads_per_worker or max(1, int(options.scaling.cpus_per_worker))
-    scaling = dataclasses.replace(options.scaling, threads_per_worker=threads)
-    return run_to_the_end(worker_with(inputs), options, scaling, run_path, total)
+    return run_to_the_end(worker_with(inputs), options, options.scaling, run_path, total)
 
 
 def _result(commit: checkpoints.Commit, options: TokenizerJobOptions) -> Tokenizer:

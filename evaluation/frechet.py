@@ -46,7 +46,8 @@ def covariance_factor(covariance: np.ndarray) -> np.ndarray:
     floor = max(float(eigenvalues[-1]), 0.0) * len(eigenvalues) * np.finfo(np.float64).eps
     kept = eigenvalues > floor
     root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
-    return np.linalg.qr(root.T, mode="r").T  # root^T = Q R, so that root root^T = R^T R
+    r_RD: np.ndarray = np.linalg.qr(root.T, mode="r")  # type: ignore[assignment]  # numpy's stubs know one mode only
+    return r_RD.T  # root^T = Q R, so that root root^T = R^T R
 
 
 def congruence(s_DD: torch.Tensor, b_DR: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,7 @@ class ScalingOptions:
     use_gpu: bool = option(False, "One GPU per worker.")
     cpus_per_worker: float = option(1.0, "CPUs that Ray reserves per worker.", above=0.0)
     threads_per_worker: int | None = option(
-        None,
-        "Torch threads per worker. If not given, an equal share of its machine, or, for `train-tokenizer`, which reads images on the "
-        "other cores, cpus_per_worker.",
-        low=1,
+        None, "Torch threads per worker; an equal share of its machine if not given.", low=1
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = option(
         "PACK", "How Ray places the workers on nodes."

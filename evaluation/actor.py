@@ -45,6 +45,7 @@ class Assignment:
         codebook_size, num_codes: of the tokenizer, and codes per image.
         training_codes: what the codes of samples are compared with, where the plan has it.
         conditions_path: code dataset that samples are drawn for, of a checkpoint that is conditioned on codes.
+        holdout_conditions: the codes (m, P) that such a checkpoint is given to score the held-out images.
     """
 
     checkpoint_path: str | None
@@ -64,6 +65,7 @@ class Assignment:
     num_codes: int
     training_codes: TrainingCodes | None = None
     conditions_path: str | None = None
+    holdout_conditions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -238,8 +240,10 @@ class EvaluationActor:
             a.evaluation.num_grid_images,
         )
 
+        given = a.holdout_labels if a.holdout_conditions is None else a.holdout_conditions
+
         def submit(item: Item, actors: list[Any]) -> Any:
-            uris, labels = a.holdout_uris[slice(*item)], a.holdout_labels[slice(*item)]
+            uris, labels = a.holdout_uris[slice(*item)], given[slice(*item)].astype(np.int64)
             images, codes, usable_labels = (
                 actors[0].of_holdout.options(num_returns=3).remote(uris, labels, tally.tiles_in(item))
             )

@@ -78,7 +78,8 @@ class FeatureActor:
     def of_holdout(
         self, uris: Sequence[str], labels: np.ndarray, tiles: Sequence[int]
     ) -> tuple[RealImages, np.ndarray, np.ndarray]:
-        """Real images and their reconstructions; apart from them, codes int64 (n, L) and labels int64 (n,)."""
+        """Real images and their reconstructions; apart from them, codes int64 (n, L) and the labels of usable ones: classes int64
+        (n,), or codes of a condition int64 (n, P)."""
         images, is_usable = self._read(uris)
         codes, reconstructions = self._reconstruct(images)
         places = np.cumsum(is_usable) - 1

@@ -14,6 +14,7 @@ from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
 from evaluation.extractors import Extractor, distance_name, open_extractor
+from evaluation.feature_actor import VIEW
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
@@ -22,6 +23,7 @@ from evaluation.reference_job import PreparedReferences, ReferenceOptions, prepa
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
+from pipeline.condition_codes import find_images
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import to_dict
@@ -92,6 +94,8 @@ def prepare(options: EvaluateOptions) -> Preparation:
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
     conditions: CodeDataset | None = None
+    holdout = _choose_holdout(source, evaluation.num_samples)
+    holdout_conditions: np.ndarray | None = None
     plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     if commit is not None:
         dataset = CodeDataset.open(options.codes.path, verify=False)
@@ -99,15 +103,14 @@ def prepare(options: EvaluateOptions) -> Preparation:
         class_names = dataset.class_names
         conditions = open_sampled_conditions(commit, options.conditioning.sampled_codes_path)
         if conditions is not None and plan.has_likelihood:
-            logger.warning("likelihood is left out: held-out images are read without the codes that %s is given", commit.path)
-            plan = dataclasses.replace(plan, has_likelihood=False)
+            holdout_conditions = _holdout_conditions(conditions, holdout)
+            plan = dataclasses.replace(plan, has_likelihood=holdout_conditions is not None)
         if plan.has_code_matches:
             training_codes = open_training_codes(dataset, commit)
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
     sampling = options.draws()
-    holdout = _choose_holdout(source, evaluation.num_samples)
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
     references = prepare_references(deciding, source, plan, extractors)
     assignment = Assignment(
@@ -124,6 +127,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         reference_uris=references.uris,
         holdout_uris=holdout["uri"].to_pylist(),
         holdout_labels=holdout["label"].fill_null(-1).to_numpy().astype(np.int64),
+        holdout_conditions=holdout_conditions,
         codebook_size=tokenizer.codebook_size,
         num_codes=math.prod(tokenizer.grid(images.size)),
         training_codes=training_codes,
@@ -155,6 +159,23 @@ def _choose_holdout(source: Source, num_samples: int) -> pa.Table:
             holdout.num_rows,
         )
     return holdout
+
+
+def _holdout_conditions(conditions: CodeDataset, holdout: pa.Table) -> np.ndarray | None:
+    """Codes (m, P) of the conditions of held-out images; None, which is logged, where there are not all of them."""
+    found = find_images(conditions, holdout["image_id"].to_numpy())
+    if conditions.manifest["views"][0] != VIEW or (found < 0).any():
+        logger.warning(
+            "likelihood is left out: it needs the %s view of all held-out images in the code dataset of conditions %s, which has "
+            "the views %s of %d of %d. Name one of theirs by conditioning.validation_codes_path.",
+            VIEW,
+            conditions.path,
+            ", ".join(conditions.manifest["views"]),
+            int((found >= 0).sum()),
+            len(found),
+        )
+        return None
+    return conditions.codes(found * conditions.num_views)
 
 
 def _identify_measurement(

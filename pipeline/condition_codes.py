@@ -48,13 +48,19 @@ class ConditionCodes:
         return self._matches[image] * self._num_views + view
 
 
+def find_images(dataset: CodeDataset, image_ids: np.ndarray) -> np.ndarray:
+    """The place of each image (n,) among those of a code dataset, int64 (n,); -1 where it is not one of them."""
+    ids = dataset.image_ids(np.arange(0, dataset.num_rows, dataset.num_views))
+    order = np.argsort(ids)
+    found = order[np.searchsorted(ids[order], image_ids).clip(max=len(ids) - 1)]
+    return np.where(ids[found] == image_ids, found, -1)
+
+
 def _matches(conditions: CodeDataset, images: CodeDataset) -> np.ndarray:
     """For every image the place of its condition, int64 (num_images,)."""
-    ids, wanted = (d.image_ids(np.arange(0, d.num_rows, d.num_views)) for d in (conditions, images))
-    order = np.argsort(ids)
-    places = np.searchsorted(ids[order], wanted).clip(max=len(ids) - 1)
-    found = order[places]
-    missing = wanted[ids[found] != wanted]
+    wanted = images.image_ids(np.arange(0, images.num_rows, images.num_views))
+    found = find_images(conditions, wanted)
+    missing = wanted[found < 0]
     if len(missing):
         raise ArtefactError(
             f"The code dataset of conditions {conditions.path} lacks {len(missing)} of the {images.num_images} images of {images.path}, "

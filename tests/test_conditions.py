@@ -9,9 +9,11 @@ from tests_support import TINY_TOKENIZER, tiny_config
 
 from cluster import checkpoints
 from cluster.sample_job import SampleJobOptions, sample
+from cluster.sampler_actor import SamplerActor
 from cluster.train_job import train
 from cluster.train_options import TrainJobOptions
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare
+from evaluation.feature_actor import read_view
 from evaluation.records import record_id
 from pipeline import tokenize_images
 from pipeline.code_dataset import CodeDataset
@@ -91,7 +93,7 @@ def test_labels_out_of_range_are_refused_or_quarantined(folder, tmp_path):
         tokenize(job)
 
 
-def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder):
+def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder, caplog):
     config = config_of(folder)
     run = train(select_sections(TrainJobOptions, config))
     commit = checkpoints.open_commit(run.checkpoint)
@@ -102,9 +104,24 @@ def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder):
     assert np.array_equal(drawn["labels"], held_out.codes(2 * np.arange(6)))
     assert drawn["images"].shape == (6, 16, 16, 3) and Image.open(f"{summary.samples}/grid.png").size[0] > 16
     measured = evaluate(select_sections(EvaluateOptions, config, checkpoint=run.checkpoint))
-    assert "gfd" in measured.metrics and "validation_nll" not in measured.metrics
+    assert measured.metrics["validation_nll"]["value"] == pytest.approx(likelihood_of(config, run.checkpoint, held_out), rel=1e-6)
     elsewhere = dataclasses.replace(config.conditioning, validation_codes_path=None)
     other = prepare(
         select_sections(EvaluateOptions, dataclasses.replace(config, conditioning=elsewhere), checkpoint=run.checkpoint)
     )
     assert record_id(other.identity) != measured.id, "samples for other maps are another evaluation"
+    assert "24 of 24" not in caplog.text and "likelihood is left out: it needs the center view" in caplog.text
+    assert "validation_nll" not in other.identity["metrics"]
+
+
+def likelihood_of(config, checkpoint, conditions):
+    """Nats per code of the held-out images, each under the codes of its own map."""
+    actor = SamplerActor(checkpoint, config.tokenizer.path, config.sampling, conditions_path=conditions.path)
+    source = open_source(config.source, config.images)
+    rows = source.list_images("holdout").to_pylist()
+    images = np.stack([read_view(source, row["uri"], config.images) for row in rows])
+    codes = encode_views(open_tokenizer(config.tokenizer.path), images, config.codes)
+    by_id = dict(zip(conditions.image_ids(2 * np.arange(24)).tolist(), conditions.codes(2 * np.arange(24))))
+    labels = np.stack([by_id[row["image_id"]] for row in rows]).astype(np.int64)
+    assert actor.nll(codes, labels).mean() != pytest.approx(actor.nll(codes, labels[::-1]).mean(), rel=1e-6)
+    return actor.nll(codes, labels).mean() / codes.shape[1]

@@ -6,7 +6,7 @@ from code_dataset_support import Recipe, flip_bit
 
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset
-from pipeline.condition_codes import ConditionCodes
+from pipeline.condition_codes import ConditionCodes, find_images
 from pipeline.loader import open_conditions
 from stages.errors import ArtefactError, ConfigError
 from stages.options import CodesOptions
@@ -35,6 +35,13 @@ def test_images_without_a_condition_are_refused(tmp_path):
     fewer = opened(Recipe(num_images=38, bad_images=(5, 30)), tmp_path / "conditions")
     with pytest.raises(ArtefactError, match="conditions .* lacks 3 of the 38 images of .*, such as image_id 130"):
         ConditionCodes(fewer, images)
+
+
+def test_images_are_found_in_any_order_and_missing_ones_are_told(tmp_path):
+    dataset = opened(CONDITIONS, tmp_path / "conditions")
+    ids = dataset.image_ids(2 * np.arange(dataset.num_images))
+    wanted = np.append(ids[::-1], [ids.max() + 1, ids.min() - 1])
+    assert find_images(dataset, wanted).tolist() == [*range(dataset.num_images - 1, -1, -1), -1, -1]
 
 
 def test_other_views_are_refused(tmp_path):

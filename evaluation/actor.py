@@ -23,7 +23,7 @@ from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pool import ActorPool, run_items
 from evaluation.reference import StoredReference
-from evaluation.reference_job import ReferenceImages, kept_features, references_of
+from evaluation.reference_job import Call, ReferenceImages, kept_features, references_of
 from evaluation.resources import actor_options
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates
@@ -225,8 +225,12 @@ class EvaluationActor:
         made = references_of(images, a.reference_keys, a.widths, self._run_reference)
         return {**a.references, **made}, self._holdout()
 
-    def _run_reference(self, num_images: int, submit: Callable[[Item, Any], Any]) -> Iterator[tuple[Item, Any]]:
-        return self._run("reference", num_images, lambda item, actors: submit(item, actors[0]), [self.features])
+    def _run_reference(self, num_images: int, call: Callable[[Item], Call]) -> Iterator[tuple[Item, Any]]:
+        def submit(item: Item, actors: list[Any]) -> Any:
+            method, arguments = call(item)
+            return getattr(actors[0], method).remote(*arguments)
+
+        return self._run("reference", num_images, submit, [self.features])
 
     def _holdout(self) -> HoldoutTally:
         a = self.assignment

@@ -1,26 +1,27 @@
-"""The `reference` job: statistics of a source's images, kept for evaluations and written for others to read."""
+"""The `reference` job: statistics of a source's images by Ray Data, kept for evaluations and written for others to read."""
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import ray
+import ray.data
 
 from evaluation.extractors import open_extractor
 from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import MetricPlan, plan_metrics
-from evaluation.pool import ActorPool, run_items
+from evaluation.pool import MAX_ATTEMPTS
 from evaluation.reference import LAYOUT, statistics_npz
 from evaluation.reference_job import (
+    Call,
     ReferenceImages,
     ReferenceOptions,
-    RunImages,
+    RunCalls,
     kept_features,
     prepare_references,
     references_of,
 )
-from evaluation.resources import actor_options, reserved
+from evaluation.resources import bundle
 from evaluation.tally import Item
 from pipeline import storage
 from pipeline.sources import Source, open_source
@@ -59,8 +60,7 @@ def make_references(options: ReferenceOptions, output_path: str | None = None) -
         num_kept={key: kept_features(plan, key, evaluation) for key in prepared.keys},
     )
     widths = {(name, output): extractors[name].outputs[output] for name, output in prepared.keys}
-    with feature_actors(options, source, plan) as run:
-        made = references_of(images, prepared.keys, widths, run)
+    made = references_of(images, prepared.keys, widths, on_ray_data(options, source, plan))
     if output_path is not None:
         extractor = extractors[names[0]]
         meta = {
@@ -75,24 +75,42 @@ def make_references(options: ReferenceOptions, output_path: str | None = None) -
     return {"references": references, "output": output_path}
 
 
-@contextmanager
-def feature_actors(options: ReferenceOptions, source: Source, plan: MetricPlan) -> Iterator[RunImages]:
-    """What runs work items over images on feature actors, for a `with` statement, after which these are gone."""
+class FeatureCalls:
+    """A FeatureActor among Ray Data's actors: calls in, results out, both pickled, since Ray Data would make Arrow of them."""
+
+    def __init__(self, *arguments: Any):
+        self._actor = FeatureActor(*arguments)
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        method, arguments = pickle.loads(row["call"])
+        return {"result": pickle.dumps(getattr(self._actor, method)(*arguments))}
+
+
+def on_ray_data(options: ReferenceOptions, source: Source, plan: MetricPlan) -> RunCalls:
+    """What makes calls on `evaluation.num_feature_actors` actors of Ray Data, which replaces those that die."""
     evaluation = dataclasses.replace(options.evaluation, num_sampler_actors=0)
     size = evaluation.item_size
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.wait_for_min_actors_s = int(evaluation.start_timeout_seconds)
 
-    def run(num_images: int, submit: Callable[[Item, Any], Any]) -> Iterator[tuple[Item, Any]]:
+    def run(num_images: int, call: Callable[[Item], Call]) -> Iterator[tuple[Item, Any]]:
         items = [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
-        return run_items(items, lambda item, actors: submit(item, actors[0]), [pool], 2 * pool.size + 1)
+        resources = bundle(evaluation)
+        with ray.data.DataContext.current(context):
+            calls = ray.data.from_items([{"call": pickle.dumps(call(item))} for item in items], override_num_blocks=len(items))
+            results = calls.map(
+                FeatureCalls,  # type: ignore[arg-type]  # a class is what an actor pool takes
+                fn_constructor_args=(source, options.images, evaluation, plan, None),
+                compute=ray.data.ActorPoolStrategy(size=evaluation.num_feature_actors),
+                num_cpus=resources.pop("CPU"),
+                num_gpus=resources.pop("GPU", 0.0),
+                resources=resources,
+                max_restarts=MAX_ATTEMPTS - 1,
+                max_task_retries=MAX_ATTEMPTS - 1,
+            )
+        for item, row in zip(items, results.iter_rows(), strict=True):
+            yield item, pickle.loads(row["result"])
 
-    with reserved(evaluation) as group:
-        remote: Any = ray.remote(**actor_options(evaluation, group))(FeatureActor)
-        pool = ActorPool(
-            "feature",
-            lambda: remote.remote(source, options.images, evaluation, plan, None),
-            evaluation.num_feature_actors,
-        )
-        try:
-            yield run
-        finally:
-            pool.close()
+    return run

@@ -33,8 +33,9 @@ LEAST_TESTED = 8
 
 
 Item = tuple[int, int]
-# Runs work items over images on feature actors: (number of images, submit(item, actor)) to results in order.
-RunImages = Callable[[int, Callable[[Item, Any], Any]], Iterator[tuple[Item, Any]]]
+Call = tuple[str, tuple[Any, ...]]  # a method of FeatureActor and its arguments
+# Makes one call for every work item over so many images. Results come in the order of the items.
+RunCalls = Callable[[int, Callable[[Item], Call]], Iterator[tuple[Item, Any]]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,7 +128,7 @@ def kept_features(plan: MetricPlan, key: FeatureKey, options: EvaluationOptions)
 
 
 def references_of(
-    images: ReferenceImages, keys: Mapping[FeatureKey, str], widths: Mapping[FeatureKey, int], run: RunImages
+    images: ReferenceImages, keys: Mapping[FeatureKey, str], widths: Mapping[FeatureKey, int], run: RunCalls
 ) -> dict[FeatureKey, StoredReference]:
     """The references under these keys, made in one pass over the images where they are not there yet.
 
@@ -143,7 +144,7 @@ def references_of(
 
 
 def _made(
-    images: ReferenceImages, keys: Mapping[FeatureKey, str], widths: Mapping[FeatureKey, int], run: RunImages
+    images: ReferenceImages, keys: Mapping[FeatureKey, str], widths: Mapping[FeatureKey, int], run: RunCalls
 ) -> dict[FeatureKey, StoredReference]:
     uris, wanted = images.uris, list(keys)
     tallies = {features: GaussianMetric(widths[features]) for features in keys}
@@ -152,10 +153,10 @@ def _made(
     chosen = {features: fair_choice(len(uris), images.num_kept[features]) for features in keys}
     usable: list[np.ndarray] = []
 
-    def submit(item: Item, actor: Any) -> Any:
-        return actor.of_reference.remote(uris[slice(*item)], wanted)
+    def call(item: Item) -> Call:
+        return "of_reference", (uris[slice(*item)], wanted)
 
-    for item, (found, is_usable) in run(len(uris), submit):
+    for item, (found, is_usable) in run(len(uris), call):
         indices = np.arange(*item)[is_usable]
         usable.append(indices)
         for features, values in found.items():
@@ -185,7 +186,7 @@ def _made(
     }
 
 
-def _self_tests(first: Features, uris: Sequence[str], run: RunImages) -> dict[FeatureKey, dict[str, float]]:
+def _self_tests(first: Features, uris: Sequence[str], run: RunCalls) -> dict[FeatureKey, dict[str, float]]:
     """Of each extractor the distances of `check_extractor`, of up to 128 images to as many others."""
     wanted = list(first)
     half = min(NUM_IMAGES, min(len(values) for values in first.values()) // 2)
@@ -194,7 +195,7 @@ def _self_tests(first: Features, uris: Sequence[str], run: RunImages) -> dict[Fe
         return {}
     others = uris[half:]
     parts: list[Features] = [
-        found for _, found in run(half, lambda item, actor: actor.of_damaged.remote(others[slice(*item)], wanted))
+        found for _, found in run(half, lambda item: ("of_damaged", (others[slice(*item)], wanted)))
     ]
     tests = {}
     for features in wanted:

@@ -245,9 +245,10 @@ def test_an_imported_checkpoint_is_compared_with_codes_of_its_tokenizer_alone(op
 
 
 def test_statistics_of_a_file_serve_in_place_of_the_training_images(record, options, tmp_path):
-    deciding = ReferenceOptions(source=options.source, images=options.images, evaluation=options.evaluation)
+    evaluation = dataclasses.replace(options.evaluation, path=str(tmp_path), num_feature_actors=2)
+    deciding = ReferenceOptions(source=options.source, images=options.images, evaluation=evaluation)
     made = make_references(deciding, str(tmp_path / "statistics.npz"))
-    assert made["references"]["efficientnet-lite0/features"] == record.content["reference"]
+    assert made["references"]["efficientnet-lite0/features"] == record.content["reference"], "by Ray Data the same to the last bit"
     against = with_evaluation(options, reference_path=str(tmp_path / "statistics.npz"), path=str(tmp_path))
     found = evaluate(against)
     assert found.id != record.id and found.content["reference"]["n"] == 60

@@ -17,7 +17,9 @@ from kill_support import fork, wait
 from s3_support import BUCKET, Server
 
 from evaluation.evaluate import evaluate
+from evaluation.make_reference import make_references
 from evaluation.records import list_records, read_record, record_id, record_path, write_record
+from evaluation.reference_job import ReferenceOptions
 from stages.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,7 @@ PHASES = {
     "holdout": "ray::FeatureActor.of_holdout",
     "neighbours": "ray::FeatureActor.pictures",
 }
+TITLES = {**PHASES, "Ray Data": "ray::MapWorker(Map(FeatureCalls)).submit"}
 WORKING_PHASES = [phase for phase in PHASES if phase != "start"]
 VICTIMS = ("SamplerActor", "FeatureActor", "EvaluationActor")
 IDENTITY = {"checkpoint_hash": "c"}
@@ -108,7 +111,7 @@ def titles(process):
 def wait_for_phase(process, phase, is_over=lambda: False):
     """Waits until some process below this one is in a phase; returns whether it ever was."""
     while not is_over():
-        if any(title.startswith(PHASES[phase]) for title in titles(process).values()):
+        if any(title.startswith(TITLES[phase]) for title in titles(process).values()):
             return True
         time.sleep(0.02)
     return False
@@ -143,6 +146,17 @@ def test_an_actor_killed_in_any_phase_changes_no_number(options, expected, tmp_p
         killer.join()
     assert killed, "the phase was seen and the victim was there"
     check_same(record, expected)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_actor_of_ray_data_killed_while_a_reference_is_made_changes_no_bit(options, expected, tmp_path):
+    evaluation = dataclasses.replace(options.evaluation, path=str(tmp_path), item_size=8)
+    deciding = ReferenceOptions(source=options.source, images=options.images, evaluation=evaluation)
+    stop, killed = threading.Event(), []
+    threading.Thread(target=kill_in_phase, args=("MapWorker", "Ray Data", stop, killed), daemon=True).start()
+    made = make_references(deciding)
+    assert killed and made["references"]["efficientnet-lite0/features"] == expected.content["reference"]
 
 
 def write_config(options, path):

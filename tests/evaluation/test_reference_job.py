@@ -16,30 +16,24 @@ WIDTH, ITEM_SIZE = 3, 16
 class Actor:
     """An actor whose features of image i are those of a generator seeded with i; images named `bad` cannot be used."""
 
-    class Method:
-        def __init__(self, function):
-            self.remote = function
-
-    def __init__(self):
-        self.of_reference, self.of_damaged = self.Method(self._features), self.Method(self._damaged)
-
-    def _features(self, uris, keys):
+    def of_reference(self, uris, keys):
         is_usable = np.array(["bad" not in uri for uri in uris])
         found = [features_of(uri) for uri, usable in zip(uris, is_usable) if usable]
         return {key: np.array(found).reshape(-1, WIDTH) for key in keys}, is_usable
 
-    def _damaged(self, uris, keys):
-        return {key: values + 9.0 for key, values in self._features(uris, keys)[0].items()}
+    def of_damaged(self, uris, keys):
+        return {key: values + 9.0 for key, values in self.of_reference(uris, keys)[0].items()}
 
 
 def features_of(uri):
     return np.random.default_rng(int(uri.split("/")[1])).normal(size=WIDTH).astype(np.float32)
 
 
-def run(num_images, submit):
+def run(num_images, call):
     for start in range(0, num_images, ITEM_SIZE):
         item = (start, min(start + ITEM_SIZE, num_images))
-        yield item, submit(item, Actor())
+        method, arguments = call(item)
+        yield item, getattr(Actor(), method)(*arguments)
 
 
 def uris_of(num_images, bad=()):

@@ -1,9 +1,9 @@
 """Memory of an evaluation's processes by the number of samples: it must not grow with them.
 
-    make demo && .venv/bin/python benchmarks/evaluation_memory.py --num-samples 2000 50000
+    make demo && .venv/bin/python benchmarks/evaluation_memory.py sampling.cfg_scale=1.0 --num-samples 2000 50000
 
 As many held-out images as samples, all metrics that need no weights of others, one actor of each kind. Every 200 ms each process's own
-memory (resident, less what it shares) is read, and the shared memory of Ray's object store; peaks are printed.
+memory is read (resident, less what it shares: libraries, and the object store, which has a size of its own); peaks are printed.
 """
 
 import sys
@@ -27,11 +27,10 @@ from stages.config import load_config
 
 ACTORS = ("EvaluationActor", "SamplerActor", "FeatureActor")
 METRICS = ("fd", "kd", "precision_recall", "density_coverage", "memorisation", "psnr", "ssim", "codebook", "likelihood")
-OBJECT_STORE = "object store"
 
 
 def read_memory() -> dict[str, int]:
-    """Bytes by name of the process: this one, the actors, and the object store, which lies in the raylet's shared memory."""
+    """Bytes by name of the process: this one and the actors."""
     driver = psutil.Process()
     memory = driver.memory_info()
     found = {"driver": memory.rss - memory.shared}
@@ -43,8 +42,6 @@ def read_memory() -> dict[str, int]:
         for name in ACTORS:
             if title.startswith(f"ray::{name}"):
                 found[name] = max(found.get(name, 0), memory.rss - memory.shared)
-        if "raylet/raylet" in title:
-            found[OBJECT_STORE] = max(found.get(OBJECT_STORE, 0), memory.shared)
     return found
 
 
@@ -96,7 +93,7 @@ def main() -> None:
     options = select(EvaluateOptions, load_config(args.config, args.overrides))
     for num_samples in args.num_samples:
         peaks, seconds = measure_peaks(options, num_samples)
-        sizes = ", ".join(f"{name} {peaks[name] / 1e6:.0f} MB" for name in ("driver", *ACTORS, OBJECT_STORE))
+        sizes = ", ".join(f"{name} {peaks[name] / 1e6:.0f} MB" for name in ("driver", *ACTORS))
         print(f"{num_samples} samples: {sizes}; {seconds:.0f} s", flush=True)
 
 

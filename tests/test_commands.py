@@ -176,7 +176,8 @@ class TestWholeJob:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_killed_in_the_middle_the_same_command_ends_where_an_undisturbed_one_does(job, capsys, tmp_path, zero_stage):
     """SIGKILL of the driver's whole process group after the first commit, then the same command again."""
     _, config = job

@@ -156,7 +156,7 @@ def _sizes(config: TransformerConfig, precision: str, bucket_size: int, world_si
         fp32=4 // element,
         bucket=element * (bucket_size if use_gpu else filled),
         copy=element * max(filled, largest),
-        gathered=element * (min(filled + largest, parameters) + filled),
+        gathered=element * min(2 * filled + largest, parameters),
         persistent=element * sum(n for n in all_sizes if n <= PERSISTENT_SIZE),
         largest=element * largest,
     )

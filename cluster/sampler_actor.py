@@ -139,7 +139,7 @@ class SamplerActor:
 
     @torch.inference_mode()
     def nll(self, codes_NL: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood of whole images in nats, float64 (n,), summed over their codes int64 (n, L), under labels as of `labels`."""
+        """Negative log-likelihood of whole images in nats, float64 (n,), of codes int64 (n, L) under labels as of `labels`."""
         # Arrays that come through Ray are read-only, which torch does not like to share.
         codes, given = (torch.from_numpy(np.array(a)).to(self.device) for a in (codes_NL, labels))
         return nll(self.model(codes, given), codes).double().cpu().numpy()

@@ -94,21 +94,21 @@ def prepare(options: EvaluateOptions) -> Preparation:
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
     conditions: CodeDataset | None = None
-    holdout = _choose_holdout(source, evaluation.num_samples)
-    holdout_conditions: np.ndarray | None = None
     plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
     if commit is not None:
         dataset = CodeDataset.open(options.codes.path, verify=False)
         check_binding(options, commit, dataset, tokenizer, source)
         class_names = dataset.class_names
         conditions = open_sampled_conditions(commit, options.conditioning.sampled_codes_path)
-        if conditions is not None and plan.has_likelihood:
-            holdout_conditions = _holdout_conditions(conditions, holdout)
-            plan = dataclasses.replace(plan, has_likelihood=holdout_conditions is not None)
         if plan.has_code_matches:
             training_codes = open_training_codes(dataset, commit)
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
+    holdout = _choose_holdout(source, evaluation.num_samples)
+    holdout_conditions: np.ndarray | None = None
+    if conditions is not None and plan.has_likelihood:
+        holdout_conditions = _holdout_conditions(conditions, holdout)
+        plan = dataclasses.replace(plan, has_likelihood=holdout_conditions is not None)
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
     sampling = options.draws()
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)

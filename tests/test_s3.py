@@ -89,7 +89,7 @@ def put_images(prefix):
 
 
 @pytest.mark.ray
-def test_all_commands_work_on_s3_and_leave_sound_artefacts(job, s3_server):
+def test_all_commands_work_on_s3_and_leave_sound_artefacts(job, s3_server, capsys):
     prefix = job.prefix
     assert job.trained["checkpoint"].startswith(f"{prefix}/run/checkpoints/step-000000030-")
     assert job.configured("sample")["samples"] == f"{prefix}/samples"
@@ -102,7 +102,10 @@ def test_all_commands_work_on_s3_and_leave_sound_artefacts(job, s3_server):
     assert job.run("import-tokenizer", f"{prefix}/export", "--output", f"{prefix}/imported")["fingerprint"] == mark
     artefacts = [f"{prefix}/{name}" for name in ("tokenizer", "imported", "codes", "run")]
     for path in (*artefacts, job.trained["checkpoint"], measured["record"]):
-        assert ray_job.main(["verify", path]) == 0, path
+        assert ray_job.main(["verify", path, "--json"]) == 0, path
+        out, err = capsys.readouterr()
+        job.output += out + err
+        assert json.loads(out.strip().splitlines()[-1]) == {"path": path, "ok": True, "problems": []}
     assert os.listdir(job.working_folder) == [], "nothing is written beside S3"
     stored = b"".join(map(storage.read_bytes, storage.list_files(prefix)))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

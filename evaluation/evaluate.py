@@ -19,6 +19,7 @@ from evaluation.prepare import CHECKPOINT, EvaluateOptions, Preparation, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.resources import reserved
 from pipeline import storage
+from stages import __version__
 from stages.config import build, to_dict
 from stages.errors import TesseraError
 from stages.options import EvaluationOptions, SamplingOptions
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
 MAX_COORDINATORS = 3
-PACKAGES = ("tessera", "torch", "numpy", "pillow", "ray")
+PACKAGES = ("torch", "numpy", "pillow", "ray")
 
 # Called about once a second with the images finished so far by phase (sampling, reference, holdout) and the totals of
 # all phases.
@@ -69,13 +70,17 @@ def evaluate(
         "num_unusable_holdout": measurement.num_unusable,
         "layouts": measurement.layouts,
         "identity": preparation.identity,
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": _versions(),
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
         "wall_seconds": {
             name: round(s, 3) for name, s in {**measurement.wall_seconds, "total": time.monotonic() - begin}.items()
         },
     }
     return write_record(options.evaluation.path, identifier, content, measurement.grids)
+
+
+def _versions() -> dict[str, str]:
+    return {"tessera": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def verify_record(record_path: str, options: EvaluateOptions, progress: Progress | None = None) -> list[str]:

@@ -1,6 +1,5 @@
 """Where an artefact comes from, as far as the process that writes it can tell."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -8,12 +7,14 @@ from typing import Any
 
 import ray
 
+from stages import __version__
+
 
 def lineage() -> dict[str, Any]:
     """Version and, in a work tree, commit of this code; versions beneath it; the Ray job."""
     context = ray.get_runtime_context() if ray.is_initialized() else None
     return {
-        "tessera": importlib.metadata.version("tessera"),
+        "tessera": __version__,
         "git_sha": _git_sha(),
         "python": platform.python_version(),
         "ray": ray.__version__,

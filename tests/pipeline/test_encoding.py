@@ -49,6 +49,24 @@ def test_every_call_of_the_encoder_has_one_shape_and_the_declared_precision(toke
     assert seen == [((3, 3, 16, 16), False, False)] * 3 + [((3, 3, 16, 16), True, False)] * 3
 
 
+def test_threads_share_a_batch(tokenizer, monkeypatch):
+    expected = encode_views(tokenizer, pixels(7), CodesOptions(encode_batch_size=3))
+    seen, encode = [], tokenizer.encode
+
+    def watching(images):
+        seen.append((len(images), torch.get_num_threads()))
+        return encode(images)
+
+    monkeypatch.setattr(tokenizer, "encode", watching)
+    torch.set_num_threads(2)
+    try:
+        codes = encode_views(tokenizer, pixels(7), CodesOptions(encode_batch_size=3))
+        assert seen == [(2, 1)] * 4 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_array_equal(codes, expected)
+
+
 def test_a_prepared_encoder_gives_the_same_codes(tokenizer):
     torch.manual_seed(0)
     prepared = prepare_encoder(Tokenizer(TINY_TOKENIZER).eval(), CPU)

@@ -33,8 +33,9 @@ def check_extractor(name: str, real: np.ndarray, other: np.ndarray, damaged_othe
     reference = Reference.of(GaussianStatistics.of(real))
     to_real, to_damaged = (frechet_distance(GaussianStatistics.of(f), reference) for f in (other, damaged_other))
     if not to_damaged > LEAST_RATIO * to_real:
+        more = "" if len(real) >= NUM_IMAGES else f" More than {len(real)} images of each tell better, up to {NUM_IMAGES}."
         raise TesseraError(
             f"Extractor {name} puts real images {to_damaged:.4g} from damaged ones and {to_real:.4g} from other real "
-            f"ones, but the first must be at least {LEAST_RATIO} times the second. Check its weights and the images."
+            f"ones, but the first must be at least {LEAST_RATIO} times the second. Check its weights and the images.{more}"
         )
     return {"real": to_real, "damaged": to_damaged, "num_images": float(len(real))}

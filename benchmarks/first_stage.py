@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.peak_flops import measured_peak_flops
-from pipeline.encoding import encode_views, prepare_encoder
+from pipeline.encoding import encode_views, prepare_tokenizer
 from pipeline.probe import golden_images
 from stages.first_stage.pixels import to_float
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
@@ -71,7 +71,7 @@ def prepare(way: str, num_images: int, num_threads: int) -> None:
         PREPARED.append(functools.partial(_encode_original, original, images))
         return
     keep_freed_memory()
-    tokenizer = prepare_encoder(tokenizer, torch.device("cpu"))
+    tokenizer = prepare_tokenizer(tokenizer, torch.device("cpu"))
     options = CodesOptions(encode_batch_size=num_images, encode_precision=way)  # type: ignore[arg-type]
     PREPARED.append(functools.partial(encode_views, tokenizer, views, options))
 

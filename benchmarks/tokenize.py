@@ -26,7 +26,7 @@ from PIL import Image
 
 from cluster.runtime import connected
 from pipeline import storage
-from pipeline.encoding import encode_views, prepare_encoder
+from pipeline.encoding import encode_views, prepare_tokenizer
 from pipeline.images import decode_image
 from pipeline.sources.scenes import render
 from pipeline.tokenize_images import TokenizeOptions, tokenize
@@ -83,7 +83,7 @@ def bare_loop(tokenizer_path: str, folder: str, images: ImageOptions, mode: str,
     if "contiguous" in mode:
         codes, rate = _rate(lambda: _encode_contiguous(tokenizer, views), repeats)
     else:
-        tokenizer = prepare_encoder(tokenizer, torch.device("cpu"))
+        tokenizer = prepare_tokenizer(tokenizer, torch.device("cpu"))
         codes, rate = _rate(lambda: encode_views(tokenizer, views, CODES), repeats)
     return {"images_per_second": rate, "codes": codes.tolist()}
 

@@ -10,6 +10,7 @@ from cluster import checkpoints
 from cluster.checkpoints import AVERAGES, WEIGHTS
 from pipeline.binding import check_tokenizer
 from pipeline.code_dataset import CodeDataset
+from pipeline.encoding import prepare_tokenizer
 from pipeline.tokenizers import open_tokenizer
 from stages.config import build
 from stages.errors import ArtefactError, ConfigError
@@ -95,7 +96,7 @@ class SamplerActor:
         commit = checkpoints.open_commit(checkpoint_path)
         self.conditions = open_sampled_conditions(commit, conditions_path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = open_tokenizer(tokenizer_path).to(self.device)
+        self.tokenizer = prepare_tokenizer(open_tokenizer(tokenizer_path), self.device)
         check_tokenizer(tokenizer_path, self.tokenizer, commit.content["encoding"], f"checkpoint {checkpoint_path}")
         self.model = load_transformer(commit, sampling.weights).to(self.device)
         self.sampling = sampling

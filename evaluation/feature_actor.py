@@ -16,6 +16,7 @@ from evaluation.self_test import damaged
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import Features
 from evaluation.tally import RealImages
+from pipeline.encoding import prepare_tokenizer, use_parity_mode
 from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
@@ -60,7 +61,8 @@ class FeatureActor:
         self.extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
         self.pixel_metrics = {name: PIXEL_METRICS[name](evaluation) for name in plan.pixels}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = open_tokenizer(tokenizer_path).to(self.device) if tokenizer_path else None
+        use_parity_mode()  # for the extractors too
+        self.tokenizer = prepare_tokenizer(open_tokenizer(tokenizer_path), self.device) if tokenizer_path else None
 
     def of_images(self, images: np.ndarray, tiles: Sequence[int]) -> tuple[Features, dict[int, np.ndarray]]:
         """Features of samples uint8 (n, H, W, C), and the images at the positions `tiles`."""

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from pipeline.code_dataset import CodeDataset
-from pipeline.encoding import prepare_encoder
+from pipeline.encoding import prepare_tokenizer
 from pipeline.inputs import IMAGE, input_spec
 from pipeline.probe import check_probe
 from pipeline.tokenizers import open_tokenizer
@@ -25,7 +27,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer, encoding: dict[str, Any], m
 
     Args:
         path: of the tokenizer, for the message.
-        tokenizer: as it is about to be used.
+        tokenizer: as it is about to be used, from `prepare_tokenizer`.
         encoding: of the code dataset.
         made_for: the code dataset or checkpoint that rests on those codes, for the message.
 
@@ -40,8 +42,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer, encoding: dict[str, Any], m
     if encoding["probe"]:
         mode = encoding["encode"]
         options = CodesOptions(encode_precision=mode["precision"], encode_batch_size=mode["batch_size"])
-        device = next(tokenizer.parameters()).device
-        check_probe(prepare_encoder(tokenizer, device), options, encoding["probe"], made_for)
+        check_probe(tokenizer, options, encoding["probe"], made_for)
 
 
 def check_dataset(dataset: CodeDataset, tokenizer: TokenizerOptions, images: ImageOptions) -> None:
@@ -53,7 +54,8 @@ def check_dataset(dataset: CodeDataset, tokenizer: TokenizerOptions, images: Ima
     """
     encoding = encoding_of(dataset.manifest)
     check_preprocessing(images, tokenizer, dataset)
-    check_tokenizer(tokenizer.path, open_tokenizer(tokenizer.path), encoding, f"the code dataset {dataset.path}")
+    found = prepare_tokenizer(open_tokenizer(tokenizer.path), torch.device("cpu"))
+    check_tokenizer(tokenizer.path, found, encoding, f"the code dataset {dataset.path}")
 
 
 def check_preprocessing(images: ImageOptions, tokenizer: TokenizerOptions, dataset: CodeDataset) -> None:

@@ -21,15 +21,15 @@ def use_parity_mode() -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
 
-def prepare_encoder(tokenizer: Tokenizer, device: torch.device) -> Tokenizer:
-    """A frozen tokenizer whose encoder computes as is fastest: on CPUs channels last, which costs a GPU a seventh, and by Winograd's
-    convolutions.
+def prepare_tokenizer(tokenizer: Tokenizer, device: torch.device) -> Tokenizer:
+    """A frozen tokenizer on a device, where it computes as is fastest in full float32: on CPUs channels last, which costs a GPU a
+    seventh, and by Winograd's convolutions, whose kernels take 16/9 of the memory of the weights besides.
 
     Codes are those of the tokenizer as it was, but for near ties.
     """
     use_parity_mode()
     if device.type == "cpu":
-        use_winograd(tokenizer.encoder)
+        use_winograd(tokenizer)
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     return tokenizer.to(device, memory_format=layout)  # type: ignore[call-overload]
 

@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.binding import check_tokenizer, encoding_of
 from pipeline.code_dataset import CodeDataset
 from pipeline.code_dataset.publish import statistics
+from pipeline.encoding import prepare_tokenizer
 from pipeline.grids import grid_png
 from pipeline.tokenizers import open_tokenizer
 from stages.errors import ArtefactError
@@ -165,7 +166,8 @@ def write_pictures(inspection: Inspection, tokenizer_path: str | None, folder: s
 @torch.inference_mode()
 def _decoded_rows(path: str, tokenizer_path: str) -> np.ndarray:
     """Rows spread evenly over the dataset as images, uint8 (n, H, W, C)."""
-    dataset, tokenizer = CodeDataset.open(path, verify=False), open_tokenizer(tokenizer_path)
+    dataset = CodeDataset.open(path, verify=False)
+    tokenizer = prepare_tokenizer(open_tokenizer(tokenizer_path), torch.device("cpu"))
     check_tokenizer(tokenizer_path, tokenizer, encoding_of(dataset.manifest), f"the code dataset {path}")
     count = min(NUM_GRID_ROWS, dataset.num_rows)
     rows = np.arange(count) * dataset.num_rows // count

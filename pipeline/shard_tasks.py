@@ -15,7 +15,7 @@ import torch
 
 from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
-from pipeline.encoding import encode_views, machine, prepare_encoder
+from pipeline.encoding import encode_views, machine, prepare_tokenizer
 from pipeline.inputs import IMAGE, input_channels, render_input
 from pipeline.probe import check_probe
 from pipeline.sources import Example, Source
@@ -156,7 +156,7 @@ class ShardEncoder:
         self.job = job
         keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = prepare_encoder(open_tokenizer(job.tokenizer.path), self.device)
+        self.tokenizer = prepare_tokenizer(open_tokenizer(job.tokenizer.path), self.device)
         if self.tokenizer.fingerprint != job.tokenizer_fingerprint:
             raise ArtefactError(
                 f"tokenizer.path is {job.tokenizer.path} with fingerprint {self.tokenizer.fingerprint} here, but the plan "

@@ -21,7 +21,7 @@ from pipeline.code_dataset.parts import RowFormat
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
-from pipeline.encoding import numeric_mode, prepare_encoder
+from pipeline.encoding import numeric_mode, prepare_tokenizer
 from pipeline.inputs import IMAGE, check_map, input_channels, input_spec
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
@@ -91,7 +91,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
 def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Tokenizer) -> None:
     """Encodes what is missing and publishes it."""
     root = options.codes.path
-    tokenizer = prepare_encoder(tokenizer, next(tokenizer.parameters()).device)
+    tokenizer = prepare_tokenizer(tokenizer, next(tokenizer.parameters()).device)
     probe = freeze_probe(root, plan.fingerprint, tokenizer, options.codes)
     job = ShardJob(
         source=source,

@@ -18,7 +18,7 @@ from cluster.checkpoints import WEIGHTS
 from cluster.sampler_actor import SamplerActor
 from cluster.train_metrics import read_metrics
 from pipeline.code_dataset import CodeDataset
-from pipeline.encoding import encode_views, prepare_encoder
+from pipeline.encoding import encode_views, prepare_tokenizer
 from pipeline.probe import golden_images
 from stages.config import build, to_yaml
 from stages.first_stage.tokenizer import Tokenizer
@@ -86,8 +86,8 @@ def test_codes_are_those_of_a_cpu(precision, agreement):
     tokenizer = Tokenizer(TINY_TOKENIZER).eval().requires_grad_(False)
     views = golden_images(16, 3)
     options = CodesOptions(path="", encode_batch_size=4, encode_precision=precision)
-    here = encode_views(prepare_encoder(tokenizer, torch.device("cpu")), views, options)
-    there = encode_views(prepare_encoder(tokenizer, torch.device("cuda")), views, options)
+    here = encode_views(prepare_tokenizer(tokenizer, torch.device("cpu")), views, options)
+    there = encode_views(prepare_tokenizer(tokenizer, torch.device("cuda")), views, options)
     assert (here == there).mean() >= agreement
 
 

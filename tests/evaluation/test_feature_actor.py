@@ -72,6 +72,12 @@ def test_held_out_images_come_with_reconstructions_codes_and_labels(actor):
     assert np.abs(actor.of_damaged([uris[2]], [KEY])[KEY] - sample[KEY]).max() > 0.1
 
 
+def test_extractors_compute_in_full_float32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    FeatureActor(FaultySource(), IMAGES, OPTIONS, PLAN, None)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
 def test_an_item_without_a_usable_image_is_empty(actor):
     images, codes, labels = actor.of_holdout(["gone"], np.array([0]), tiles=[0])
     assert (len(images.features[KEY]), len(images.pixels["psnr"]), codes.shape, len(labels)) == (0, 0, (0, 16), 0)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from tests_support import TINY_TOKENIZER
 
-from pipeline.encoding import encode_views, machine, numeric_mode, prepare_encoder
+from pipeline import winograd
+from pipeline.encoding import encode_views, machine, numeric_mode, prepare_tokenizer
 from stages.first_stage.pixels import to_float
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions
@@ -67,17 +68,21 @@ def test_threads_share_a_batch(tokenizer, monkeypatch):
     np.testing.assert_array_equal(codes, expected)
 
 
-def test_a_prepared_encoder_gives_the_same_codes(tokenizer):
+def test_a_prepared_tokenizer_gives_the_same_codes_and_images(tokenizer, monkeypatch):
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     torch.manual_seed(0)
-    prepared = prepare_encoder(Tokenizer(TINY_TOKENIZER).eval(), CPU)
+    prepared = prepare_tokenizer(Tokenizer(TINY_TOKENIZER).eval(), CPU)
     options = CodesOptions(encode_batch_size=4)
     agreement = (encode_views(prepared, pixels(8), options) == encode_views(tokenizer, pixels(8), options)).mean()
     assert agreement > 0.99 and prepared.fingerprint == tokenizer.fingerprint
+    codes = torch.arange(2 * 64).view(2, 8, 8) % tokenizer.codebook_size
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared.decode(codes), tokenizer.decode(codes), rtol=1e-4, atol=1e-5)
 
 
 def test_preparing_makes_float32_mean_float32(tokenizer):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    prepare_encoder(tokenizer, CPU)
+    prepare_tokenizer(tokenizer, CPU)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 

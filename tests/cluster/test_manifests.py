@@ -13,6 +13,7 @@ import yaml
 
 import ray_job
 from cluster import submit
+from stages import __version__
 from stages.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +32,6 @@ def requirements() -> str:
 def pinned(package: str) -> str:
     """The version of a package in setup.cfg."""
     return re.search(rf"^{package}(?:\[.*\])?==(\S+)$", requirements(), re.MULTILINE).group(1)
-
-
-def version() -> str:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    return setup["metadata"]["version"]
 
 
 def walk(value):
@@ -88,7 +83,7 @@ def test_kuberay_manifests_name_the_pinned_versions_and_ask_for_a_token(path):
     manifest = yaml.safe_load(path.read_text())
     mappings = list(walk(manifest))
     images = {mapping["image"] for mapping in mappings if "image" in mapping}
-    assert images == {f"registry.example.com/tessera:{version()}"}
+    assert images == {f"registry.example.com/tessera:{__version__}"}
     clusters = [mapping for mapping in mappings if "rayVersion" in mapping]
     assert all(cluster["rayVersion"] == pinned("ray") for cluster in clusters)
     if manifest["kind"] == "CronJob":
@@ -136,7 +131,7 @@ def test_ray_up_follows_rays_schema():
     config = yaml.safe_load(AWS.read_text())
     jsonschema.validate(config, schema)
     assert config["head_node_type"] in config["available_node_types"]
-    assert config["docker"]["image"] == f"registry.example.com/tessera:{version()}"
+    assert config["docker"]["image"] == f"registry.example.com/tessera:{__version__}"
     assert any(path.endswith(".ray/auth_token") for path in config["file_mounts"])
     starts = [
         text for text in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in text
@@ -148,7 +143,7 @@ def test_the_image_holds_the_pinned_versions_and_demands_a_token():
     for package in ("torch", "ray", "deepspeed"):
         assert re.search(rf"\b{package}(?:\[.*?\])?==(\S+?)[\s\"]", DOCKERFILE).group(1) == pinned(package), package
     assert "ENV RAY_AUTH_MODE=token" in DOCKERFILE
-    assert f"tessera:{version()}" in DOCKERFILE
+    assert f"tessera:{__version__}" in DOCKERFILE
 
 
 def test_the_image_gets_what_a_job_takes_along_and_what_installing_needs():

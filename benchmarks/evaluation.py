@@ -142,7 +142,8 @@ def ladder(args: argparse.Namespace) -> None:
 
 def options_of(args: argparse.Namespace) -> EvaluationOptions:
     """How extractors are opened."""
-    return EvaluationOptions(extractor=args.extractor, extractor_resolution=args.resolution)
+    resolution = args.resolution or (64 if args.extractor == "efficientnet-lite0" else None)
+    return EvaluationOptions(extractor=args.extractor, extractor_resolution=resolution, weights_path=args.weights_path)
 
 
 def read_images(source: str, split: str, num_images: int) -> np.ndarray:
@@ -195,7 +196,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--source", default="fashion-mnist")
     parser.add_argument("--extractor", default="efficientnet-lite0")
-    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--resolution", type=int, help="of efficientnet-lite0 (64 if not given)")
+    parser.add_argument("--weights-path", default=EvaluationOptions().weights_path)
     parser.add_argument("--metrics", nargs="+", default=["fd", "kd", "precision_recall", "density_coverage"])
     parser.add_argument("--threads", type=int, help="torch threads; its own choice if not given")
     args = parser.parse_args()

@@ -6,7 +6,8 @@
     python benchmarks/photographs.py photographs tiles
     python ray_job.py train-tokenizer -c configs/tokenizers/photographs.yaml source.path=tiles/train source.holdout_path=tiles/holdout
 
-36 photographs, at most 2048 pixels a side, give tiles of 256 pixels side by side. Every tenth tile is held out.
+36 photographs, at most 2048 pixels a side, give tiles of 256 pixels side by side. Every tenth tile is held out. With `--quarters FOLDER`
+the quarters of each tile at half resolution, 64 pixels, are written too: many small images, to evaluate tokenizers on.
 """
 
 import sys
@@ -23,6 +24,19 @@ from benchmarks.codebook_health import read_photographs
 
 SIDE = 256
 HOLDOUT_EVERY = 10
+
+
+def write_quarters(tiles: str, output: str) -> int:
+    """Writes a folder's tiles as four quarters each at half resolution; how many there are."""
+    os.makedirs(output, exist_ok=True)
+    side = SIDE // 4
+    boxes = [(left, top, left + side, top + side) for top in (0, side) for left in (0, side)]
+    names = sorted(os.listdir(tiles))
+    for name in names:
+        half = Image.open(os.path.join(tiles, name)).reduce(2)
+        for i, box in enumerate(boxes):
+            half.crop(box).save(os.path.join(output, name.replace(".png", f"-{i}.png")))
+    return len(names) * len(boxes)
 
 
 def write_tiles(photographs: str, output: str) -> tuple[int, int]:
@@ -47,5 +61,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", help="folder of the unpacked packages")
     parser.add_argument("output", help="folder of the tiles")
+    parser.add_argument("--quarters", help="folder of the quarters of the tiles")
     args = parser.parse_args()
     print("%d tiles to train on, %d held out" % write_tiles(args.photographs, args.output))
+    if args.quarters:
+        for split in ("train", "holdout"):
+            tiles, quarters = (os.path.join(folder, split) for folder in (args.output, args.quarters))
+            print(f"{write_quarters(tiles, quarters)} quarters in {quarters}")

@@ -89,6 +89,16 @@ def open_extractor(name: str, options: EvaluationOptions) -> Extractor:
     return extractor_class(name)(options)
 
 
+def output_width(extractor: Extractor, output: str) -> int:
+    """Of one of its outputs. Raises ConfigError: its weights give no such output."""
+    if output not in extractor.outputs:
+        raise ConfigError(
+            f"evaluation.metrics needs the {output} of {extractor.family}, but the weights in evaluation.weights_path have no layer "
+            f"for them. Put the published file there, or leave out the metrics that need them."
+        )
+    return extractor.outputs[output]
+
+
 def distance_name(extractor: Extractor) -> str:
     """How a distance over this extractor is called: FID for the FID Inception network only."""
     kind = "FID" if extractor.family == InceptionV3.family else "Fréchet distance"
@@ -184,6 +194,7 @@ class InceptionV3(NetworkExtractor):
         "weights-inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "6726825d",
+        packaged_sha256="3baff07f3df5737b3cf78c1ce1cd4a6dc7a69ae0a6d516ae0e93de05e17c2927",
     )
     family = "inception-v3"
     resize = "tf1-bilinear"
@@ -196,9 +207,11 @@ class InceptionV3(NetworkExtractor):
                 f"evaluation.extractor_resolution is {options.extractor_resolution}, but FID is defined at {SIDE}. "
                 "Leave it out."
             )
-        network = FidInception()
-        _fill(network, load_pretrained(self.FILE, self.registered_name(), options), self.FILE)
-        super().__init__(network, {FEATURES: 2048, SPATIAL: 2023, LOGITS: NUM_CLASSES}, options)
+        weights = load_pretrained(self.FILE, self.registered_name(), options)
+        network = FidInception(has_classes="fc.weight" in weights)
+        _fill(network, weights, self.FILE)
+        logits = {LOGITS: NUM_CLASSES} if network.fc is not None else {}
+        super().__init__(network, {FEATURES: 2048, SPATIAL: 2023, **logits}, options)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.network(x)

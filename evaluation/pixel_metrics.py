@@ -44,10 +44,16 @@ class LpipsDistance:
         ConfigError, ArtefactError, TesseraError: the two files of weights are missing, damaged or cannot be fetched.
     """
 
-    VGG = PretrainedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+    VGG = PretrainedFile(
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af",
+        packaged_sha256="53d862a88bc633f92f329dab6b24e890c2d86d92f930849ab03b56727c3e280c",
+    )
     HEADS = PretrainedFile(
         "weights-vgg16-lpips.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+        packaged_sha256="8ca57a96a58c9fa4249181163ed6ddbb98876c22d0f322f7f7d5951b6ba9ce1b",
     )
 
     def __init__(self, options: EvaluationOptions):

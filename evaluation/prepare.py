@@ -13,7 +13,7 @@ from cluster.checkpoints import Commit, resolve_checkpoint
 from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
-from evaluation.extractors import Extractor, distance_name, open_extractor
+from evaluation.extractors import Extractor, distance_name, open_extractor, output_width
 from evaluation.feature_actor import VIEW
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, plan_metrics
@@ -121,7 +121,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         evaluation=evaluation,
         source=source,
         plan=plan,
-        widths={key: extractors[key[0]].outputs[key[1]] for key in plan.features()},
+        widths={(name, output): output_width(extractors[name], output) for name, output in plan.features()},
         references=references.given,
         reference_keys=references.keys,
         reference_uris=references.uris,

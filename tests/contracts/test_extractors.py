@@ -11,11 +11,14 @@ from vit_support import PATCH, vit_shapes
 from evaluation.extractors import (
     EXTRACTORS,
     FEATURES,
+    LOGITS,
+    SPATIAL,
     Extractor,
     InceptionV3,
     distance_name,
     extractor_class,
     open_extractor,
+    output_width,
 )
 from evaluation.frechet import Reference, frechet_distance
 from evaluation.networks.inception import FidInception
@@ -164,6 +167,19 @@ def test_sees_real_images_alike_and_damaged_ones_apart(name, weights_path, scene
         features = [extractor(images)[FEATURES] for images in ladder]
         distances = [frechet_distance(GaussianStatistics.of(each), reference) for each in features]
         assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
+
+
+def test_inception_without_its_last_layer_has_no_logits(weights_path, tmp_path):
+    file = InceptionV3.FILE.name
+    weights = torch.load(f"{weights_path}/{file}", weights_only=True)
+    torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, tmp_path / file)
+    whole, headless = (open_extractor("inception-v3", options_of("inception-v3", str(path))) for path in (weights_path, tmp_path))
+    found, expected = (extractor(pictures(2), [FEATURES, SPATIAL]) for extractor in (headless, whole))
+    for name in (FEATURES, SPATIAL):
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert output_width(whole, LOGITS) == 1008 and headless.fingerprint != whole.fingerprint
+    with pytest.raises(ConfigError, match="evaluation.metrics needs the logits of inception-v3, but .* Put the published file"):
+        output_width(headless, LOGITS)
 
 
 def test_unknown_names_are_refused_with_what_is_allowed():

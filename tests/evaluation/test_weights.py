@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evaluation.weights import PretrainedFile, load_pretrained
+from evaluation.weights import PretrainedFile, load_pretrained, tensors_sha256
 from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.options import EvaluationOptions
 
@@ -104,3 +104,16 @@ def test_a_failed_download_says_what_to_do(tmp_path, server):
     file = PretrainedFile("gone.pth", f"{server[1]}/gone.pth")
     with pytest.raises(TesseraError, match="gone.pth cannot be fetched .*404.* by hand"):
         load_pretrained(file, "x", options(tmp_path, download=True))
+
+
+def test_tensors_out_of_a_package_are_as_good_as_the_published_file_if_they_are_the_same(tmp_path):
+    file = PretrainedFile("w.pth", "https://example.org/w.pth", "00ff", packaged_sha256=tensors_sha256(TENSORS, {}))
+    with pytest.raises(ConfigError, match="evaluation.download_weights=true, or run python -m evaluation.packaged_weights"):
+        load_pretrained(file, "lpips", options(tmp_path))
+    save_file(TENSORS, tmp_path / "w.safetensors")
+    assert load_pretrained(file, "lpips", options(tmp_path)).keys() == TENSORS.keys()
+    save_file({**TENSORS, "b": torch.zeros(4)}, tmp_path / "w.safetensors")
+    with pytest.raises(ArtefactError, match="w.safetensors has tensors of sha-256 .* Delete it and run"):
+        load_pretrained(file, "lpips", options(tmp_path))
+    with pytest.raises(ConfigError, match="needs w.pth in it"):
+        load_pretrained(PretrainedFile("w.pth", "https://example.org/w.pth"), "lpips", options(tmp_path))

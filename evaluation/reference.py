@@ -28,11 +28,11 @@ from pipeline.views import preprocessing_spec
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 ARRAYS = ("n", "mean", "m2", "factor", "features", "kept")
 # What mean and covariance of each output are called in files of pytorch-fid and ADM.
 LAYOUT = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
+UNREADABLE = (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +84,10 @@ def choose_images(listing: pa.Table, num_images: int | None) -> pa.Table:
 
 
 def images_identity(source: SourceOptions, images: ImageOptions, rows: pa.Table) -> dict[str, Any]:
-    """What decides the pixels of a set of images: source, preprocessing, and a digest over what was listed."""
+    """What decides the pixels of a set of images: source, preprocessing, and a digest over what was listed, except where it lies:
+    a copy in another place is the same set."""
     digest = hashlib.sha256()
-    for name in ("image_id", "uri", "num_bytes", "etag"):
+    for name in ("image_id", "num_bytes", "etag"):
         digest.update(json.dumps([name, rows[name].to_pylist()]).encode())
     return {
         "source": source.name,
@@ -220,6 +221,11 @@ def read_statistics(path: str, output: str, extractor: Extractor) -> StoredRefer
         raise ArtefactError(
             f"evaluation.reference_path is {path}, which has {found}, but the metrics need {names[0]} ({width},) and "
             f"{names[1]} ({width}, {width}). Name statistics of the same extractor."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
+        raise ArtefactError(
+            f"evaluation.reference_path is {path}, but its {names[1]} is not symmetric or not finite, so it is no covariance. "
+            f"Make the file again."
         )
     if made_with not in (None, extractor.fingerprint):
         raise ArtefactError(

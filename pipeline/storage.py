@@ -118,10 +118,21 @@ def list_files(path: str, suffix: str = "") -> list[str]:
         found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
     else:
         found = [S3 + name for name in _fs().find(path)]
-        found = [
-            name for name in found if name.startswith(path.rstrip("/") + "/")
-        ]  # `find` also names the folder itself
-    return sorted(name for name in found if name.endswith(suffix) and not os.path.basename(name).startswith(TEMPORARY))
+    return sorted(name for name in found if _is_finished(name, path) and name.endswith(suffix))
+
+
+@on_store
+def list_sizes(path: str) -> dict[str, int]:
+    """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing."""
+    if is_local(path):
+        return {name: os.path.getsize(name) for name in list_files(path)}
+    found = {S3 + name: info["size"] for name, info in _fs().find(path, detail=True).items()}
+    return {name: found[name] for name in sorted(found) if _is_finished(name, path)}
+
+
+def _is_finished(file: str, folder: str) -> bool:
+    # A listing of a store also names the folder itself.
+    return file.startswith(folder.rstrip("/") + "/") and not os.path.basename(file).startswith(TEMPORARY)
 
 
 def list_temporary_files(path: str, older_than: float) -> list[str]:

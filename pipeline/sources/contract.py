@@ -43,7 +43,7 @@ def listing(
     image_id: np.ndarray,
     uri: Sequence[str],
     label: np.ndarray | None = None,
-    num_bytes: Sequence[int] | None = None,
+    num_bytes: Sequence[int | None] | None = None,
     etag: Sequence[str] | None = None,
 ) -> pa.Table:
     """Table with image_id int64, uri string, label int32, num_bytes int64, etag string; what is not given is null."""

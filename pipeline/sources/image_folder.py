@@ -1,5 +1,6 @@
 """Image files: one folder per class, one flat folder, or a list file. Local or s3://."""
 
+import os
 import posixpath
 
 import numpy as np
@@ -14,7 +15,7 @@ from stages.options import ImageOptions, SourceOptions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 
-Entry = tuple[str, str]  # path, class name or ""
+Entry = tuple[str, str, int | None]  # path, class name or "", bytes of the file where they are known
 
 
 class ImageFolder:
@@ -22,14 +23,15 @@ class ImageFolder:
 
     A folder with subfolders gives one class per subfolder, in order of name; a flat folder gives none. A list file has
     one path per line, relative to the file, and after a tab optionally the class name. An image's id is a hash of its
-    path relative to the root, and images are listed in order of id, so that the first `num_images` are a fair sample.
+    path relative to the root, and images are listed in order of id, so that the first `num_images` are a fair sample. The listing
+    has the sizes of the files (but not of those that a list on S3 names), so that a file which changed is noticed if its size did.
     """
 
     def __init__(self, options: SourceOptions, images: ImageOptions):
         if not options.path:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
-        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path) if name}))
+        self.class_names = tuple(sorted({name for _, name, _ in _entries("source.path", options.path) if name}))
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
@@ -38,17 +40,17 @@ class ImageFolder:
     def _table(self, key: str, path: str) -> pa.Table:
         entries = _entries(key, path)
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = {name for _, name in entries} - set(self.class_names or ("",))
+        unknown = {name for _, name, _ in entries} - set(self.class_names or ("",))
         if unknown:
             raise ConfigError(
                 f"{key} is {path}, but its class {min(unknown) or '(none)'} is not one of the training images' classes "
                 f"({', '.join(self.class_names) or 'none'}). Use the same classes in both."
             )
         root = _root_folder(path)
-        ids = np.array([hashed_id(_relative(image, root)) for image, _ in entries], dtype=np.int64)
+        ids = np.array([hashed_id(_relative(image, root)) for image, _, _ in entries], dtype=np.int64)
         order = np.argsort(ids, kind="stable")
-        labels = np.array([numbers[name] for _, name in entries], np.int32)[order] if self.class_names else None
-        return listing(ids[order], [entries[i][0] for i in order], labels)
+        labels = np.array([numbers[name] for _, name, _ in entries], np.int32)[order] if self.class_names else None
+        return listing(ids[order], [entries[i][0] for i in order], labels, [entries[i][2] for i in order])
 
     def fetch(self, uri: str) -> bytes:
         return storage.read_bytes(uri)
@@ -72,16 +74,16 @@ def _entries(key: str, path: str) -> list[Entry]:
 
 def _folder_entries(key: str, path: str) -> list[Entry]:
     root = _root_folder(path)
-    images = [image for image in storage.list_files(root) if image.lower().endswith(SUFFIXES)]
+    images = {image: size for image, size in storage.list_sizes(root).items() if image.lower().endswith(SUFFIXES)}
     if not images:
         raise ConfigError(
             f"{key} is {path}, but there are no images in it ({', '.join(SUFFIXES)}). Name a place with images."
         )
     names = [posixpath.dirname(_relative(image, root)).split("/")[0] for image in images]
     if "" in names and any(names):
-        stray = images[names.index("")]
+        stray = list(images)[names.index("")]
         raise ConfigError(f"{key} is {path}, which has class folders, but {stray} lies beside them. Move it into one.")
-    return list(zip(images, names))
+    return [(image, name, size) for (image, size), name in zip(images.items(), names)]
 
 
 def _list_file_entries(key: str, path: str) -> list[Entry]:
@@ -96,9 +98,10 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
     for line in filter(None, map(str.strip, lines)):
         name, _, label = line.partition("\t")
         is_absolute = name.startswith(("/", storage.S3))
-        entries.append((name if is_absolute else storage.join(root, name), label.strip()))
+        image = name if is_absolute else storage.join(root, name)
+        entries.append((image, label.strip(), os.path.getsize(image) if os.path.isfile(image) else None))
     if not entries:
         raise ConfigError(f"{key} is {path}, but the list is empty. Write one path per line.")
-    if any(label for _, label in entries) and not all(label for _, label in entries):
+    if any(label for _, label, _ in entries) and not all(label for _, label, _ in entries):
         raise ConfigError(f"{key} is {path}, but only some of its lines name a class. Label all or none.")
     return entries

@@ -93,13 +93,13 @@ def test_the_key_binds_images_preprocessing_extractor_output_and_kept_features()
         key(listing(10), output="spatial"),
         key(listing(10), num_kept=100),
         key(listing(11)),
-        key(listing(10, prefix="b")),
         key(listing(10, num_bytes=8)),
         key(listing(10), images=ImageOptions(size=64)),
         key(listing(10), source=SourceOptions(seed=1)),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == key(listing(10))
+    assert keys[0] == key(listing(10, prefix="b")), "a copy in another place is the same set"
 
 
 class Extractor8:
@@ -143,9 +143,15 @@ def test_statistics_written_for_others_read_back_and_know_their_extractor(tmp_pa
 def test_files_that_cannot_serve_are_refused(tmp_path, statistics):
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "damaged.npz").write_bytes(b"PK no zip")
+    np.save(tmp_path / "mean.npy", np.zeros(8))
+    for name, sigma in (("nan.npz", np.full((8, 8), np.nan)), ("skew.npz", np.triu(np.ones((8, 8))))):
+        np.savez(tmp_path / name, mu=np.zeros(8), sigma=sigma)
     for name, message in (
         ("none.npz", "no such file"),
         ("damaged.npz", "cannot be read"),
+        ("mean.npy", "cannot be read"),
+        ("nan.npz", "sigma is not symmetric or not finite"),
+        ("skew.npz", "sigma is not symmetric or not finite"),
         ("narrow.npz", r"a mean of shape \(3,\), but the metrics need mu \(8,\)"),
     ):
         with pytest.raises(ArtefactError, match=f"evaluation.reference_path is .*{name}.*{message}"):

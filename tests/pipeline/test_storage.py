@@ -94,6 +94,10 @@ def test_listing_is_recursive_sorted_and_filtered(folder):
     names = [path[len(folder) + 1 :] for path in storage.list_files(folder, suffix=".json")]
     assert names == ["a.json", "b/2.json", "b/c/3.json"]
     assert len(storage.list_files(folder)) == 4
+    storage.put_if_absent(storage.join(folder, "a0"), b"four")
+    sizes = storage.list_sizes(folder)
+    assert list(sizes) == storage.list_files(folder) and sizes[storage.join(folder, "a0")] == 4
+    storage.delete(storage.join(folder, "a0"))
     storage.delete_tree(storage.join(folder, "b"))
     assert storage.list_files(folder) == [storage.join(folder, "a.json")]
 

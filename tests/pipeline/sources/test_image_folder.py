@@ -196,3 +196,19 @@ def test_fetch_gives_the_bytes_of_the_file(tmp_path):
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     source = source_at(tmp_path)
     assert source.fetch(source.list_images("train")["uri"][0].as_py()) == buffer.getvalue()
+
+
+def test_a_listing_has_the_sizes_of_files_on_disk_and_s3(tmp_path, s3):
+    save(tmp_path / "cat" / "a.png", 0)
+    save(tmp_path / "dog" / "b.png", 7)
+    (tmp_path / "list.txt").write_text("cat/a.png\tcat\ngone.png\tdog\n")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*.png")}
+    for name in sizes:
+        folder = "cat" if name == "a.png" else "dog"
+        storage.put_if_absent(f"{s3}/{folder}/{name}", (tmp_path / folder / name).read_bytes())
+    tables = [source_at(path).list_images("train") for path in (tmp_path, s3)]
+    assert tables[0]["num_bytes"].to_pylist() == tables[1]["num_bytes"].to_pylist()
+    found = {uri.rpartition("/")[2]: n for uri, n in zip(tables[0]["uri"].to_pylist(), tables[0]["num_bytes"].to_pylist())}
+    assert found == sizes
+    listed = source_at(tmp_path / "list.txt").list_images("train")
+    assert set(listed["num_bytes"].to_pylist()) == {sizes["a.png"], None}

@@ -159,3 +159,12 @@ def test_no_path_a_missing_one_and_a_file_of_another_kind_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR2 and more text")
     with pytest.raises(ConfigError, match="it is not Parquet"):
         source_at(tmp_path)
+
+
+def test_a_file_that_changed_has_other_entity_tags(tmp_path):
+    tags = []
+    for image in (b"abc", b"abd"):
+        path = tmp_path / f"{image.decode()}.parquet"
+        pq.write_table(pa.table({"image": [image, b"other"]}), path)
+        tags.append(source_at(path).list_images("train")["etag"].to_pylist())
+    assert len({*tags[0]}) == len({*tags[1]}) == 1 and tags[0] != tags[1]

@@ -200,6 +200,8 @@ def resolve_checkpoint(checkpoint: str, run_path: str) -> Commit:
     """
     if checkpoint == "latest":
         commit = latest_commit(run_path)
+        if commit is None and newest_commit(run_path) is not None:
+            raise ArtefactError(f"run.path is {run_path}, but all checkpoints in it are damaged; the log says how. Restore one.")
         if commit is None:
             raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
         return commit

@@ -86,6 +86,6 @@ def find_user_error(error: BaseException | None) -> TesseraError | None:
     if isinstance(error, TesseraError) and not isinstance(error, RayTaskError):
         return error
     inner = [getattr(error, "cause", None), error.__cause__, getattr(error, "controller_failure", None)]
-    inner += getattr(error, "worker_failures", {}).values()
+    inner += [*getattr(error, "worker_failures", {}).values(), *error.args]  # the last: of an actor whose constructor failed
     found = (find_user_error(e) for e in inner if isinstance(e, BaseException) and e is not error)
     return next((e for e in found if e is not None), None)

@@ -5,6 +5,7 @@ feature actor as object references; what reaches the coordinator is features, nu
 the tiles of the grids. All of it is added in the order of the indices, so the metrics are the same for 1 or 8 actors.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pool import ActorPool, run_items
 from evaluation.reference import StoredReference
-from evaluation.reference_job import Call, ReferenceImages, kept_features, references_of
+from evaluation.reference_job import Call, ReferenceImages, kept_features, references_of, run_self_tests
 from evaluation.resources import actor_options
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates
@@ -223,7 +224,16 @@ class EvaluationActor:
             num_kept={key: kept_features(a.plan, key, a.evaluation) for key in a.reference_keys},
         )
         made = references_of(images, a.reference_keys, a.widths, self._run_reference)
-        return {**a.references, **made}, self._holdout()
+        return {**self._given_references(), **made}, self._holdout()
+
+    def _given_references(self) -> dict[FeatureKey, StoredReference]:
+        """Those of `evaluation.reference_path`, once their extractors are tested, and the extractors that need no reference too: those
+        of references that are made here are tested when these are."""
+        a = self.assignment
+        tested = {name for name, _ in a.reference_keys}
+        untested = [*a.references, *(key for key in a.plan.features() if key not in a.references and key[0] not in tested)]
+        tests = run_self_tests(a.holdout_uris, untested, self._run_reference) if untested else {}
+        return {key: dataclasses.replace(stored, self_test=tests.get(key)) for key, stored in a.references.items()}
 
     def _run_reference(self, num_images: int, call: Callable[[Item], Call]) -> Iterator[tuple[Item, Any]]:
         def submit(item: Item, actors: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Which checkpoints a night is about: every run's newest commit, and its best one."""
+"""Which checkpoints a night is about: every run's newest one, and its best."""
 
 import dataclasses
 import logging
@@ -19,67 +19,89 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One checkpoint to evaluate, and how."""
+    """The newest checkpoint of a run, or its best one, and how it is evaluated. Which one that is, is decided when its turn comes:
+    a training that goes on publishes others meanwhile, and removes old ones."""
 
-    commit: checkpoints.Commit
+    run: str
+    is_best: bool
     options: EvaluateOptions
 
+    @property
+    def name(self) -> str:
+        return f"{self.run} (best)" if self.is_best else self.run
 
-def find_runs(roots: Sequence[str]) -> list[str]:
-    """Folders of runs with at least one commit, among these folders and below them, sorted.
+    def choose(self) -> EvaluateOptions | None:
+        """How to evaluate the checkpoint it is now; None where the best one is the newest, or no validation was measured.
+
+        A newest checkpoint that is damaged is passed over, as everywhere. Raises ArtefactError: a commit is damaged.
+        """
+        options = _options_of(self.run, self.options)
+        if not self.is_best:
+            return dataclasses.replace(options, checkpoint="latest")
+        commits = checkpoints.list_commits(self.run)
+        measured = [commit for commit in commits if commit.validation_nll is not None]
+        lowest = min(measured, key=lambda commit: (commit.validation_nll, commit.step), default=None)
+        if lowest is None or lowest.path == commits[-1].path:
+            return None
+        return dataclasses.replace(options, checkpoint=lowest.path)
+
+
+def find_runs(roots: Sequence[str]) -> dict[str, float]:
+    """Folders of runs with at least one commit, among these folders and below them, with the time of their newest file COMMIT.json.
 
     Raises:
         ArtefactError: below one of the folders there is none.
     """
-    found = set()
+    found: dict[str, float] = {}
     for root in roots:
-        below = set(_runs_below(storage.absolute(root)))
+        below = dict(_runs_below(storage.absolute(root)))
         if not below:
             raise ArtefactError(
                 f"nightly.runs has {root}, but there is no run with a committed checkpoint in it. "
                 "Name a run's folder, or one with runs in it."
             )
         found |= below
-    return sorted(found)
+    return found
 
 
-def _runs_below(root: str) -> Iterator[str]:
-    runs = set()
+def _runs_below(root: str) -> Iterator[tuple[str, float]]:
+    newest: dict[str, str] = {}
     for path in storage.list_files(root, suffix=f"/{checkpoints.COMMIT}"):
         run, separator, rest = path.rpartition("/checkpoints/")
         if separator and rest.count("/") == 1:
-            runs.add(run)
-    for run in runs:
-        # The training of a tokenizer has commits too, but no transformer in them.
-        if any("transformer" in commit.content for commit in checkpoints.list_commits(run)[-1:]):
-            yield run
+            newest[run] = path  # in order of name, which is that of the steps
+    for run, path in newest.items():
+        if not _is_of_tokenizer(path.rpartition("/")[0]):
+            yield run, storage.modified_time(path)
+
+
+def _is_of_tokenizer(folder: str) -> bool:
+    """Whether a checkpoint is one of the training of a tokenizer, which has commits too. A damaged one is said to be none, so that
+    its evaluation fails by name."""
+    try:
+        return "transformer" not in checkpoints.open_commit(folder).content
+    except ArtefactError:
+        return False
 
 
 def find_candidates(options: EvaluateOptions, roots: Sequence[str], best: bool) -> list[Candidate]:
-    """The newest commit of every run, newest commit first, then the best ones that are not the newest.
+    """The newest checkpoint of every run, the run with the newest one first, then the best ones.
 
     Args:
         options: how to evaluate. A run other than `run.path` keeps its own tokenizer and code dataset, from the
-            config.yaml in its folder.
+            config.yaml in its folder; that is read when its turn comes, too.
         roots: where to look; `run.path` if there are none.
-        best: whether the commit of the lowest validation NLL counts too, where it was measured.
+        best: whether the checkpoint of the lowest validation NLL counts too, where it was measured.
 
     Raises:
-        ArtefactError: no run, or a run without a commit.
+        ArtefactError: no run.
     """
-    newest, others = [], []
-    for run in find_runs(roots) if roots else [options.run.path]:
-        commits = checkpoints.list_commits(run)
-        if not commits:
-            raise ArtefactError(f"run.path is {run}, but it has no committed checkpoint. Run train first.")
-        chosen = _options_of(run, options)
-        newest.append(Candidate(commits[-1], chosen))
-        measured = [commit for commit in commits if commit.validation_nll is not None]
-        lowest = min(measured, key=lambda commit: (commit.validation_nll, commit.step), default=commits[-1])
-        if best and lowest.path != commits[-1].path:
-            others.append(Candidate(lowest, chosen))
-    newest.sort(key=lambda candidate: -candidate.commit.content["created_at"])
-    return newest + others
+    runs = find_runs(roots) if roots else {options.run.path: 0.0}
+    if not roots and not storage.list_files(storage.join(options.run.path, "checkpoints"), suffix=f"/{checkpoints.COMMIT}"):
+        raise ArtefactError(f"run.path is {options.run.path}, but it has no committed checkpoint. Run train first.")
+    ordered = sorted(runs, key=lambda run: -runs[run])
+    kinds = (False, True) if best else (False,)
+    return [Candidate(run, is_best, options) for is_best in kinds for run in ordered]
 
 
 def _options_of(run: str, options: EvaluateOptions) -> EvaluateOptions:

@@ -62,12 +62,6 @@ def take_claim(folder: str, identifier: str, lease_seconds: float) -> Claim | No
     return Claim(path, lease_seconds) if storage.put_if_absent(path, _content()) else None
 
 
-def is_claimed(folder: str, identifier: str, lease_seconds: float) -> bool:
-    """Whether some process, this one too, holds the claim."""
-    chain = storage.list_files(storage.join(folder, identifier), suffix=".json")
-    return bool(chain) and is_live(chain[-1], lease_seconds)
-
-
 def is_live(path: str, lease_seconds: float) -> bool:
     """Whether the claim in a file still counts."""
     try:

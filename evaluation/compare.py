@@ -5,6 +5,8 @@ resize, reference, held-out images. Records that differ there are refused, never
 """
 
 import math
+import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,25 +150,36 @@ def group_series(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def find_regressions(series: Sequence[Record], threshold: float) -> list[Regression]:
-    """Metrics of the last record of a series that are worse than the best before it, the worst first.
+    """Metrics that are worse than the best of earlier steps, the worst first: of the highest step of a series, and of the newest
+    record, which is of a lower step after a training went back.
 
     Args:
         series: records measured alike, in order of step.
-        threshold: standard errors of the difference from which on it counts. Images and draws are the same from record
-            to record, so the true error of a difference is smaller: a flag is rather missing than false.
+        threshold: standard errors of the difference from which on it counts, where there is one earlier step. See `threshold_among`.
     """
-    if len(series) < 2:
-        return []
-    *earlier, newest = series
+    judged = {record.id: record for record in (series[-1], max(series, key=lambda record: record.created_at))}
+    found = [regression for record in judged.values() for regression in _regressions_of(record, series, threshold)]
+    return sorted(found, key=lambda regression: -(regression.difference.worse_by or 0.0))
+
+
+def threshold_among(num_earlier: int, threshold: float) -> float:
+    """Standard errors that count as worse than the best of several: the best of many noisy values is better than they are, and without
+    this the false flags would grow with the history. By Bonferroni's bound they stay as rare as for one earlier value."""
+    normal = statistics.NormalDist()
+    return -normal.inv_cdf(max(normal.cdf(-threshold) / num_earlier, sys.float_info.min))
+
+
+def _regressions_of(record: Record, series: Sequence[Record], threshold: float) -> list[Regression]:
+    earlier = [other for other in series if other.step < record.step]
     worst: dict[str, Regression] = {}
     for best in earlier:
-        for found in compare(best, newest):
-            if found.worse_by is None or found.worse_by <= threshold:
+        for found in compare(best, record):
+            if found.worse_by is None or found.worse_by <= threshold_among(len(earlier), threshold):
                 continue
             known = worst.get(found.metric)
             if known is None or direction(found.metric) * (found.before - known.difference.before) < 0:
-                worst[found.metric] = Regression(difference=found, record=newest, best=best)
-    return sorted(worst.values(), key=lambda regression: -(regression.difference.worse_by or 0.0))
+                worst[found.metric] = Regression(difference=found, record=record, best=best)
+    return list(worst.values())
 
 
 def evaluate_and_compare(options: EvaluateOptions, other_path: str) -> dict[str, Any]:

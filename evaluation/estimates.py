@@ -16,21 +16,24 @@ class Estimate:
         num_samples: images behind it. Part of the meaning: a Fréchet distance falls as it grows.
         standard_error: one standard deviation over repeated draws of those images; None where none is defined.
         bias_corrected: the value with its bias of order 1 / num_samples removed; None where there is no such bias.
+        features: `EXTRACTOR/OUTPUT` it was measured on; None where it was none.
     """
 
     value: float
     num_samples: int
     standard_error: float | None = None
     bias_corrected: float | None = None
+    features: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a record; bias_corrected only where it is defined."""
+        """The fields of a record; bias_corrected and features only where there are any."""
         content: dict[str, Any] = {
             "value": self.value,
             "standard_error": self.standard_error,
             "num_samples": self.num_samples,
         }
-        return content if self.bias_corrected is None else {**content, "bias_corrected": self.bias_corrected}
+        optional = {"bias_corrected": self.bias_corrected, "features": self.features}
+        return content | {name: value for name, value in optional.items() if value is not None}
 
 
 def mean_estimate(values: np.ndarray) -> Estimate:

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
@@ -61,6 +63,7 @@ def evaluate(
         return present
     storage.check_conditional_put(options.evaluation.path)
     measurement = measure(preparation.assignment, progress)
+    _check_finite(measurement)
     references = {"/".join(key): stored.to_dict() for key, stored in measurement.references.items()}
     content = {
         "metrics": {name: estimate.to_dict() for name, estimate in measurement.metrics.items()},
@@ -77,6 +80,15 @@ def evaluate(
         },
     }
     return write_record(options.evaluation.path, identifier, content, measurement.grids)
+
+
+def _check_finite(measurement: Measurement) -> None:
+    for name, estimate in measurement.metrics.items():
+        if not math.isfinite(estimate.value):
+            raise TesseraError(
+                f"{name} is {estimate.value}, but a record holds finite numbers. Look at the checkpoint's weights: a training that "
+                f"diverged gives such images."
+            )
 
 
 def _versions() -> dict[str, str]:
@@ -123,6 +135,8 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     content = record.content
     kept = {"path": options.sampling.path, "num_samples": options.sampling.num_samples}
     evaluation = {**to_dict(options.evaluation), **content["evaluation"]}
+    if options.evaluation.reference_path is not None:  # where the file is now
+        evaluation["reference_path"] = options.evaluation.reference_path
     checkpoint = content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint
     return dataclasses.replace(
         options,
@@ -158,7 +172,11 @@ def measure(assignment: Assignment, progress: Progress | None = None) -> Measure
 
 
 def _measure(assignment: Assignment, group: PlacementGroup, report: Progress) -> Measurement:
-    remote = ray.remote(EvaluationActor).options(num_cpus=0, max_restarts=0, max_concurrency=2)
+    # On a node of the others: it holds statistics and references, which a training node has no room for.
+    place = PlacementGroupSchedulingStrategy(group)
+    remote = ray.remote(EvaluationActor).options(
+        num_cpus=0, max_restarts=0, max_concurrency=2, scheduling_strategy=place
+    )
     actor: Any = remote.remote(assignment, group)
     totals = {
         "sampling": assignment.evaluation.num_samples if assignment.checkpoint_path else 0,

@@ -1,5 +1,6 @@
 """What tells people: a command and a webhook, each given the same JSON."""
 
+import http.client
 import json
 import os
 import subprocess
@@ -13,22 +14,23 @@ from stages.options import NightlyOptions
 TIMEOUT_SECONDS = 60.0
 
 
-def notify(options: NightlyOptions, message: dict[str, Any]) -> None:
-    """Runs `nightly.command` and posts to `nightly.webhook`, where they are set.
+def hooks_of(options: NightlyOptions) -> dict[str, str]:
+    """The hooks that are set, by name: command, webhook."""
+    hooks = {"command": options.command, "webhook": options.webhook}
+    return {name: setting for name, setting in hooks.items() if setting}
 
-    Raises:
-        TesseraError: one of them fails; both have been tried.
-    """
-    data, problems = json.dumps(message).encode(), []
-    for call, setting in ((_run, options.command), (_post, options.webhook)):
-        if setting:
-            try:
-                call(setting, data)
-            except (OSError, subprocess.SubprocessError, urllib.error.URLError, ValueError) as error:
-                name = "command" if call is _run else "webhook"
-                problems.append(f"nightly.{name} is {setting}, but it fails ({error}). Mend it; it is tried again.")
-    if problems:
-        raise TesseraError("\n".join(problems))
+
+def notify(name: str, setting: str, message: dict[str, Any]) -> None:
+    """Gives a message to one hook of `hooks_of`: runs the command, or posts to the webhook. Raises TesseraError: that fails."""
+    call = {"command": _run, "webhook": _post}[name]
+    try:
+        call(setting, json.dumps(message).encode())
+    except (subprocess.SubprocessError, urllib.error.URLError, TimeoutError) as error:
+        raise TesseraError(f"nightly.{name} is {setting}, but it fails ({error}). Mend it; it is tried again.") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # Their text may hold the address as it is, with what the environment put into it.
+        kind = type(error).__name__
+        raise TesseraError(f"nightly.{name} is {setting}, but it fails ({kind}). Mend it; it is tried again.") from None
 
 
 def _run(command: str, data: bytes) -> None:

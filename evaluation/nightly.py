@@ -5,7 +5,6 @@ stays. Claims keep two nightlies from doing the same work; alerts that went out 
 """
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -13,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.alerts import Alerts
 from evaluation.candidates import Candidate, find_candidates
-from evaluation.claims import Claim, is_claimed, take_claim
+from evaluation.claims import Claim, take_claim
 from evaluation.compare import Regression, find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions, evaluate, log_progress, prepare
 from evaluation.history import write_report
-from evaluation.hooks import notify
 from evaluation.records import Record, find_record, list_records, record_id
 from pipeline import storage
 from stages.errors import TesseraError
@@ -36,7 +35,8 @@ class BudgetSpent(TesseraError):
 
 @dataclass
 class Night:
-    """What became of every checkpoint, by path: its new record, or the one that was there, or why it has none."""
+    """What became of every checkpoint, by path: its new record, or the one that was there, or left for another night; and what failed,
+    by run or file."""
 
     evaluated: dict[str, str] = field(default_factory=dict)
     present: dict[str, str] = field(default_factory=dict)
@@ -48,10 +48,10 @@ class Night:
 def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any]:
     """Evaluates what is new and writes `report.html` into the evaluation folder. Ray must be connected.
 
-    One checkpoint that cannot be evaluated does not keep the others from it.
+    Whatever cannot be evaluated or read does not keep the rest from it.
 
     Returns:
-        What became of every checkpoint, `regressions` that nobody was told of yet, `page`, and `exit_code`: 0; 1 if
+        What became of every checkpoint, `regressions` that somebody was not told of yet, `page`, and `exit_code`: 0; 1 if
         something failed; 3 if something regressed.
 
     Raises:
@@ -62,15 +62,18 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
     deadline = time.monotonic() + (settings.time_budget_seconds or float("inf"))
     with claims:
         for candidate in find_candidates(options, settings.runs, settings.best):
-            with _noting_failure(night, candidate.commit.path):
-                _visit(candidate, night, claims, deadline)
-        regressions = _new_regressions(options.evaluation.path, settings, claims)
+            with _noting_failure(night, candidate.name):
+                _visit(candidate, night, claims, settings, deadline)
+        records = list_records(options.evaluation.path, night.failed)
         page = storage.join(options.evaluation.path, PAGE)
         with _noting_failure(night, "page"):
             _render(options, settings, page)
+        alerts = Alerts(options.evaluation.path, settings, claims.take)
+        visited = {*night.evaluated.values(), *night.present.values()}
+        regressions = alerts.pending(_regressions_among(visited, records, settings.regression_threshold))
         if regressions:
             with _noting_failure(night, "alert"):
-                _alert(options.evaluation.path, settings, regressions, page)
+                alerts.tell(regressions, page)
     return {
         **dataclasses.asdict(night),
         "regressions": [regression.to_dict() for regression in regressions],
@@ -86,6 +89,9 @@ def _noting_failure(night: Night, name: str) -> Iterator[None]:
     except TesseraError as error:
         logger.error("%s: %s", name, error)
         night.failed[name] = str(error)
+    except Exception as error:  # a lost node, a full disk, a bug: none of them shall end the night
+        logger.exception("%s", name)
+        night.failed[name] = f"{type(error).__name__}: {error}"
 
 
 class _Claims:
@@ -112,20 +118,23 @@ class _Claims:
             self._held[identifier] = claim
         return True
 
-    def are_elsewhere(self, identifier: str) -> bool:
-        """Whether the work is someone else's."""
-        return identifier not in self._held and is_claimed(self._folder, identifier, self._lease_seconds)
 
-
-def _visit(candidate: Candidate, night: Night, claims: _Claims, deadline: float) -> None:
-    path = candidate.commit.path
-    options = dataclasses.replace(candidate.options, checkpoint=path)
+def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: NightlyOptions, deadline: float) -> None:
+    options = candidate.choose()
+    if options is None:
+        return
     evaluation_path = options.evaluation.path
     preparation = prepare(options)
-    identifier = record_id(preparation.identity)
+    identifier, path = record_id(preparation.identity), preparation.description["checkpoint"]
+    expected = _expected_seconds(evaluation_path, options.evaluation.num_samples)
     if (record := find_record(evaluation_path, identifier)) is not None:
         night.present[path] = record.path
-    elif time.monotonic() + _expected_seconds(evaluation_path, options.evaluation.num_samples) > deadline:
+    elif expected > (settings.time_budget_seconds or float("inf")):
+        raise TesseraError(
+            f"nightly.time_budget_seconds is {settings.time_budget_seconds:g}, but the last evaluation of as many samples took "
+            f"{expected:.0f}, so no night has room for one. Raise it, or lower evaluation.num_samples."
+        )
+    elif time.monotonic() + expected > deadline:
         logger.warning("%s is left for another night: nightly.time_budget_seconds does not suffice", path)
         night.out_of_time.append(path)
     elif not claims.take(identifier):
@@ -171,36 +180,7 @@ def _record_paths(evaluation_path: str) -> list[str]:
     return storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
 
 
-def _alert_path(evaluation_path: str, record: Record) -> str:
-    return storage.join(evaluation_path, "alerts", f"{record.id}.json")
-
-
-def _new_regressions(evaluation_path: str, settings: NightlyOptions, claims: _Claims) -> list[Regression]:
-    """Of the newest record of every series, what got worse and was not told yet, nor is about to be told elsewhere."""
-    found = []
-    for series in group_series(list_records(evaluation_path)):
-        record = series[-1]
-        regressions = find_regressions(series, settings.regression_threshold)
-        if regressions and not claims.are_elsewhere(record.id):
-            if not storage.exists(_alert_path(evaluation_path, record)):
-                found += regressions
-    return found
-
-
-def _alert(evaluation_path: str, settings: NightlyOptions, regressions: list[Regression], page: str) -> None:
-    for regression in regressions:
-        difference = regression.difference
-        logger.warning(
-            "%s of step %d is %.6g, %.1f standard errors worse than %.6g of step %d (%s)",
-            difference.metric,
-            regression.record.step,
-            difference.after,
-            difference.worse_by,
-            difference.before,
-            regression.best.step,
-            regression.record.run,
-        )
-    message = {"page": page, "regressions": [regression.to_dict() for regression in regressions]}
-    notify(settings, message)
-    for regression in regressions:
-        storage.put_if_absent(_alert_path(evaluation_path, regression.record), json.dumps(message).encode())
+def _regressions_among(visited: set[str], records: list[Record], threshold: float) -> list[Regression]:
+    """What got worse in the series of the records that this night is about, by path; not in those of searches and other runs."""
+    series = [group for group in group_series(records) if visited & {record.path for record in group}]
+    return [regression for group in series for regression in find_regressions(group, threshold)]

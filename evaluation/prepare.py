@@ -15,6 +15,7 @@ from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
 from evaluation.extractors import Extractor, distance_name, open_extractor, output_width
 from evaluation.feature_actor import VIEW
+from evaluation.gaussian_metric import FrechetDistance
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
@@ -24,6 +25,7 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import find_images
+from pipeline.inputs import IMAGE, check_fit
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import to_dict
@@ -90,6 +92,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
         )
     commit = resolve_checkpoint(options.checkpoint, options.run.path) if options.checkpoint is not None else None
     tokenizer = open_tokenizer(options.tokenizer.path)
+    _check_tokenizer(options, tokenizer)
     source = open_source(options.source, images)
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
@@ -146,6 +149,15 @@ def prepare(options: EvaluateOptions) -> Preparation:
         },
         description={**subject, **_describe(options, plan, extractors), "class_names": list(class_names)},
     )
+
+
+def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
+    if options.tokenizer.input != IMAGE:
+        raise ConfigError(
+            f"tokenizer.input is {options.tokenizer.input}, but evaluate measures tokenizers of images. See what the codes of this one "
+            f"hold by tokenize and inspect."
+        )
+    check_fit(tokenizer, options.images, options.tokenizer)
 
 
 def _choose_holdout(source: Source, num_samples: int) -> pa.Table:
@@ -224,7 +236,8 @@ def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[
 
 
 def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, Extractor]) -> dict[str, Any]:
-    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are of the first metric."""
+    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are those of the first Fréchet distance,
+    or of the first metric."""
     deciding = (
         "num_samples",
         "num_reference_images",
@@ -233,8 +246,10 @@ def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, 
         "extractor_resolution",
         "num_blocks",
         "num_pairwise_images",
+        "reference_path",
     )
-    first = extractors[plan.features()[0][0]] if plan.sets else None
+    distances = [metric for metric in plan.sets if metric.kind.cls is FrechetDistance]
+    first = extractors[[*distances, *plan.sets][0].extractor] if plan.sets else None
     return {
         "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
         "distance": distance_name(first) if first else None,

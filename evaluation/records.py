@@ -7,6 +7,7 @@ ever measured, for pandas, DuckDB and the like. The JSON file is the record; the
 import datetime
 import io
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from evaluation.hashing import canonical_hash
 from pipeline import storage
 from stages.errors import ArtefactError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "tessera-evaluation-record"
 FORMAT_VERSION = 1
@@ -32,7 +35,7 @@ ROWS = pa.schema(
         ("step", pa.int64()),
         ("checkpoint", pa.string()),
         ("checkpoint_hash", pa.string()),
-        ("distance", pa.string()),
+        ("extractor", pa.string()),
         ("extractor_fingerprint", pa.string()),
         ("reference_key", pa.string()),
         ("sampling", pa.string()),
@@ -133,19 +136,28 @@ def _rows(record: Record) -> pa.Table:
         "step": record.step,
         "checkpoint": content["checkpoint"],
         "checkpoint_hash": content.get("checkpoint_hash"),
-        "distance": content.get("distance"),
-        "extractor_fingerprint": content.get("extractor_fingerprint"),
-        "reference_key": content.get("reference", {}).get("key"),
         "sampling": json.dumps(content.get("sampling")),
         "seed": content.get("seed"),
         "created_at": datetime.datetime.fromisoformat(record.created_at),
     }
     estimates = ("value", "standard_error", "bias_corrected")
     rows = [
-        {"metric": name, **{key: metric.get(key) for key in estimates}, "num_samples": metric["num_samples"], **shared}
+        {"metric": name, **{key: metric.get(key) for key in estimates}, **_measured_on(metric, content), **shared}
         for name, metric in record.metrics.items()
     ]
     return pa.Table.from_pylist(rows, schema=ROWS)
+
+
+def _measured_on(metric: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Images, extractor and reference of one metric."""
+    features = metric.get("features", "")
+    extractor = content.get("extractors", {}).get(features.rpartition("/")[0], {})
+    return {
+        "num_samples": metric["num_samples"],
+        "extractor": extractor.get("name"),
+        "extractor_fingerprint": extractor.get("fingerprint"),
+        "reference_key": content.get("references", {}).get(features, {}).get("key"),
+    }
 
 
 def find_record(evaluation_path: str, identifier: str) -> Record | None:
@@ -176,17 +188,29 @@ def read_record(path: str) -> Record:
         or content.get("format_version") != FORMAT_VERSION
     ):
         raise ArtefactError(
-            f"{path} is not an evaluation record of format version {FORMAT_VERSION}, but it must be. Evaluate again."
+            f"{path} is not an evaluation record of format version {FORMAT_VERSION}, but it must be. Remove it and evaluate again."
         )
     found = canonical_hash({name: value for name, value in content.items() if name != "sha256"})
     if found != content.get("sha256"):
         raise ArtefactError(
-            f"{path} is damaged: its sha-256 is {content.get('sha256')}, but its fields give {found}. Evaluate again."
+            f"{path} is damaged: its sha-256 is {content.get('sha256')}, but its fields give {found}. Remove it and evaluate again."
         )
     return Record(path, content)
 
 
-def list_records(evaluation_path: str) -> list[Record]:
-    """All records of a history, oldest first."""
-    paths = storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
-    return sorted((read_record(path) for path in paths), key=lambda record: (record.created_at, record.id))
+def list_records(evaluation_path: str, problems: dict[str, str] | None = None) -> list[Record]:
+    """All sound records of a history, oldest first. One damaged file does not hide the others.
+
+    Args:
+        evaluation_path: folder of the history.
+        problems: gets what is wrong with the others, by path; logged in any case.
+    """
+    found = []
+    for path in storage.list_files(storage.join(evaluation_path, "records"), suffix=".json"):
+        try:
+            found.append(read_record(path))
+        except ArtefactError as error:
+            logger.error("%s", error)
+            if problems is not None:
+                problems[path] = str(error)
+    return sorted(found, key=lambda record: (record.created_at, record.id))

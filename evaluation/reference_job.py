@@ -11,7 +11,7 @@ import torch
 from evaluation.estimates import fair_choice
 from evaluation.extractors import Extractor
 from evaluation.gaussian_metric import GaussianMetric
-from evaluation.metrics import FeatureKey, MetricPlan
+from evaluation.metrics import SET_METRICS, FeatureKey, MetricPlan
 from evaluation.reference import (
     StoredReference,
     choose_images,
@@ -108,7 +108,7 @@ def prepare_references(
 
 def check_file_serves(plan: MetricPlan, wanted: Sequence[FeatureKey]) -> None:
     """Refuses a file of statistics for metrics that need features themselves, or more than one extractor."""
-    pairwise = [metric.name for metric in plan.sets if metric.kind.cls.is_pairwise]
+    pairwise = [name for name, kind in SET_METRICS.items() for metric in plan.sets if metric.kind is kind and kind.cls.is_pairwise]
     if pairwise:
         raise ConfigError(
             f"evaluation.reference_path is given, but {pairwise[0]} needs the features of reference images. "
@@ -186,12 +186,25 @@ def _made(
     }
 
 
+def run_self_tests(uris: Sequence[str], keys: Sequence[FeatureKey], run: RunCalls) -> dict[FeatureKey, dict[str, float]]:
+    """Distances of `check_extractor` for the extractors of references that were not made here, on the first of these real images.
+
+    Raises:
+        TesseraError: an extractor fails.
+    """
+    found: dict[FeatureKey, list[np.ndarray]] = {features: [] for features in keys}
+    for _, (parts, _) in run(min(len(uris), 2 * NUM_IMAGES), lambda item: ("of_reference", (uris[slice(*item)], keys))):
+        for features, values in parts.items():
+            found[features].append(np.array(values))
+    return _self_tests({features: np.concatenate(values) for features, values in found.items()}, uris, run)
+
+
 def _self_tests(first: Features, uris: Sequence[str], run: RunCalls) -> dict[FeatureKey, dict[str, float]]:
     """Of each extractor the distances of `check_extractor`, of up to 128 images to as many others."""
     wanted = list(first)
     half = min(NUM_IMAGES, min(len(values) for values in first.values()) // 2)
     if half < LEAST_TESTED:
-        logger.warning("Too few training images (%d) to test the extractors on.", len(uris))
+        logger.warning("Too few real images (%d) to test the extractors on.", len(uris))
         return {}
     others = uris[half:]
     parts: list[Features] = [

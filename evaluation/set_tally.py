@@ -1,5 +1,6 @@
 """The metrics of one set of images, fed item by item in the order of the indices."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -81,7 +82,8 @@ class SetTally:
         for planned, metric in self.metrics:
             metric.reference = references.get(planned.features)
             for part, estimate in metric.estimates().items():
-                found[planned.record_name(self.image_set, part)] = estimate
+                measured = dataclasses.replace(estimate, features="/".join(planned.features))
+                found[planned.record_name(self.image_set, part)] = measured
         return found
 
 
@@ -92,5 +94,6 @@ def memorisation_estimates(samples: SetTally, holdout: SetTally) -> dict[str, Es
         if isinstance(metric, NearestTraining):
             other = next(m for p, m in holdout.metrics if p == planned)
             assert isinstance(other, NearestTraining)
-            found["copied_share" + planned.suffix] = copied_share(metric, other)
+            share = dataclasses.replace(copied_share(metric, other), features="/".join(planned.features))
+            found["copied_share" + planned.suffix] = share
     return found

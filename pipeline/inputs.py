@@ -5,6 +5,7 @@ import numpy as np
 from pipeline.sources import Example
 from pipeline.views import Crop, preprocessing_spec, render, render_map
 from stages.errors import ConfigError
+from stages.first_stage.tokenizer import Tokenizer, num_channels
 from stages.options import ImageOptions, TokenizerOptions
 
 IMAGE = "image"
@@ -61,6 +62,22 @@ def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None
 def input_channels(images: ImageOptions, tokenizer: TokenizerOptions) -> int:
     """Channels of `render_input`."""
     return images.channels if tokenizer.input == IMAGE else 1
+
+
+def check_fit(tokenizer: Tokenizer, images: ImageOptions, options: TokenizerOptions) -> None:
+    """Refuses inputs of another number of channels than a tokenizer takes, and sizes that are no multiple of its patches.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    channels, taken = num_channels(options, images), tokenizer.config.in_channels
+    if channels != taken:
+        key = "images.channels" if options.input == IMAGE else "tokenizer.num_labels (1 without labels)"
+        raise ConfigError(f"{key} is {channels}, but the tokenizer in {options.path} takes {taken} channels. Use the same number.")
+    if images.size % tokenizer.downsample:
+        raise ConfigError(
+            f"images.size is {images.size}, but the tokenizer's patches are {tokenizer.downsample} pixels wide. Use a multiple."
+        )
 
 
 def input_spec(images: ImageOptions, tokenizer: TokenizerOptions) -> dict[str, object]:

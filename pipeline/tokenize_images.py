@@ -22,7 +22,7 @@ from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
 from pipeline.encoding import numeric_mode, prepare_tokenizer
-from pipeline.inputs import IMAGE, check_map, input_channels, input_spec
+from pipeline.inputs import IMAGE, check_fit, check_map, input_channels, input_spec
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
 from pipeline.shard_jobs import encode_missing_shards, map_on_ray
@@ -32,7 +32,7 @@ from pipeline.tokenizers import open_tokenizer
 from pipeline.views import expand_views
 from stages.config import to_dict, to_yaml
 from stages.errors import ArtefactError, BadImage, ConfigError, TesseraError
-from stages.first_stage.tokenizer import Tokenizer, num_channels
+from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
@@ -143,16 +143,7 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
         ConfigError: naming the key.
     """
     images, codes = options.images, options.codes
-    channels, taken = num_channels(options.tokenizer, images), tokenizer.config.in_channels
-    if channels != taken:
-        key = "images.channels" if options.tokenizer.input == IMAGE else "tokenizer.num_labels (1 without labels)"
-        raise ConfigError(
-            f"{key} is {channels}, but the tokenizer in {options.tokenizer.path} takes {taken} channels. Use the same number."
-        )
-    if images.size % tokenizer.downsample:
-        raise ConfigError(
-            f"images.size is {images.size}, but the tokenizer's patches are {tokenizer.downsample} pixels wide. Use a multiple."
-        )
+    check_fit(tokenizer, images, options.tokenizer)
     num_bits(tokenizer.codebook_size)
     if codes.row_group_rows is not None and codes.row_group_rows.bit_count() != 1:
         raise ConfigError(

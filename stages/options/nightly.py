@@ -21,7 +21,9 @@ class NightlyOptions:
         900.0, "A claim that its nightly has not renewed for so long is taken over: that nightly is dead.", above=0.0
     )
     regression_threshold: float = option(
-        3.0, "Standard errors by which a metric must be worse than its best earlier value to be flagged.", above=0.0
+        3.0,
+        "Standard errors by which a metric must be worse than an earlier value to be flagged; more where the best of many is meant.",
+        above=0.0,
     )
     command: str | None = option(None, "Shell command run when something is flagged, with the JSON on its input.")
     webhook: str | None = option(

@@ -29,6 +29,20 @@ def test_a_defect_in_a_task_keeps_its_traceback(ray_cluster):
         ray.get(fail.remote())
 
 
+@pytest.mark.ray
+def test_a_users_error_in_the_constructor_of_an_actor_is_raised_as_itself(ray_cluster):
+    @ray.remote
+    class Failing:
+        def __init__(self):
+            raise ConfigError("evaluation.weights_path is x, but y. Do z.")
+
+        def answer(self):
+            return 42
+
+    with pytest.raises(ConfigError, match="^evaluation.weights_path is x, but y. Do z.$"), user_errors():
+        ray.get(Failing.remote().answer.remote())
+
+
 def test_a_users_error_of_a_training_worker_is_found():
     inner = ArtefactError("run.path is x, but y. Do z.")
     error = WorkerGroupError("training failed", {0: RuntimeError("other"), 1: inner})

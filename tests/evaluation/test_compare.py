@@ -1,9 +1,10 @@
 """Records of different protocols are refused with both sides named; what got worse is judged by its error bars."""
 
+import numpy as np
 import pytest
 from report_support import NAME, metric, record
 
-from evaluation.compare import compare, direction, find_regressions, group_series
+from evaluation.compare import compare, direction, find_regressions, group_series, threshold_among
 from stages.errors import ArtefactError
 
 
@@ -66,6 +67,23 @@ def test_a_regression_is_worse_than_the_best_by_its_error_bars(gfds, flagged):
     if flagged:
         assert (found[0].best.step, found[0].record.step) == (200, 300)
         assert found[0].difference.worse_by == pytest.approx(15 / (3.3 * 2**0.5))
+
+
+def test_after_a_training_went_back_its_newest_record_is_judged_by_earlier_steps():
+    before = [record(50_000, 80.0, night=1), record(60_000, 79.0, night=2)]
+    (series,) = group_series([*before, record(55_000, 500.0, night=3)])
+    (found,) = find_regressions(series, threshold=3.0)
+    assert (found.record.step, found.best.step) == (55_000, 50_000)
+    (series,) = group_series([*before, record(50_000, 78.0, night=3), record(60_000, 500.0, night=4)])
+    assert [regression.record.created_at for regression in find_regressions(series, 3.0)] == [series[-1].created_at]
+
+
+def test_false_flags_do_not_grow_with_the_history():
+    """No change at all, noise of the size of the error bars: as many flags with 100 earlier records as with one."""
+    assert threshold_among(1, 3.0) == pytest.approx(3.0)
+    values = np.random.default_rng(0).normal(size=(20_000, 101))
+    worse_by = (values[:, 0] - values[:, 1:].min(1)) / 2**0.5
+    assert (worse_by > 3.0).mean() > 0.04 and (worse_by > threshold_among(100, 3.0)).mean() < 0.0013
 
 
 def test_a_value_without_error_bar_is_no_regression():

@@ -254,6 +254,9 @@ def test_statistics_of_a_file_serve_in_place_of_the_training_images(record, opti
     assert found.id != record.id and found.content["reference"]["n"] == 60
     for name in ("fd_holdout", "rfd", "gfd"):
         assert found.metrics[name]["value"] == pytest.approx(record.metrics[name]["value"], rel=1e-6)
+    tested = found.content["reference"]["self_test"]
+    assert tested["damaged"] > 1.2 * tested["real"], "its extractor is tested here, as the file does not say that it was"
+    assert verify_record(found.path, with_evaluation(against, reference_path=None)) == [], "the record knows its file"
     with pytest.raises(ConfigError, match="evaluation.reference_path is given, but kd needs the features"):
         prepare(with_evaluation(against, metrics=("fd", "kd")))
 
@@ -301,6 +304,13 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
         evaluate(with_evaluation(options, metrics=("fdi",)))
     with pytest.raises(ConfigError, match="inception-v3 needs weights-inception-2015-12-05-6726825d.pth in it. Put http"):
         evaluate(with_evaluation(options, metrics=("fid",), weights_path=str(tmp_path)))
+    depth = dataclasses.replace(options.tokenizer, input="depth")
+    with pytest.raises(ConfigError, match="tokenizer.input is depth, but evaluate measures tokenizers of images"):
+        evaluate(dataclasses.replace(options, tokenizer=depth, checkpoint=None))
+    for changes, message in (({"channels": 1}, "images.channels is 1, but .* takes 3 channels"), ({"size": 18}, "images.size is 18")):
+        other = dataclasses.replace(options, images=dataclasses.replace(options.images, **changes), checkpoint=None)
+        with pytest.raises(ConfigError, match=message):
+            evaluate(other)
     with pytest.raises(ArtefactError, match="no committed checkpoint"):
         evaluate(dataclasses.replace(options, run=RunOptions(path=str(tmp_path / "none"))))
     with pytest.raises(ArtefactError, match="no such file"):

@@ -58,13 +58,15 @@ def add_checkpoint(options, step, run=None, **more):
     return make_checkpoint(run or options.run.path, dataset, step=step, **more)
 
 
-def worse(record: Record, step: int) -> Record:
-    """Stores what a much better checkpoint of an earlier step would have left."""
+def worse(record: Record, step: int, sampling: dict | None = None, value: float | None = None) -> Record:
+    """Stores what a much better checkpoint of an earlier step would have left, or one of that value."""
     written = ("format", "format_version", "record_id", "grids", "sha256")
     body = json.loads(json.dumps({k: v for k, v in record.content.items() if k not in written}))
     body |= {"step": step, "created_at": "2026-01-01T00:00:00.000+00:00"}
-    body["identity"]["checkpoint_hash"] = "better"
-    body["metrics"]["gfd"]["value"] /= 100
+    body["identity"]["checkpoint_hash"] = f"better {step}"
+    body["sampling"] = sampling or body["sampling"]
+    body["identity"]["sampling"] = body["sampling"]
+    body["metrics"]["gfd"]["value"] = value or body["metrics"]["gfd"]["value"] / 100
     folder = record.path[: record.path.index("/records/")]
     return write_record(folder, record_id(body["identity"]), body, {})
 
@@ -143,7 +145,8 @@ def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_s
     monkeypatch.setattr(nightly_module, "evaluate", fabricate)
     assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
     new = add_checkpoint(options, step=9, seed=1)
-    assert nightly(options, NightlyOptions(time_budget_seconds=0.5))["out_of_time"] == [new.path]
+    took = list_records(options.evaluation.path)[-1].content["wall_seconds"]["total"]
+    assert nightly(options, NightlyOptions(time_budget_seconds=took + 1e-6))["out_of_time"] == [new.path]
 
 
 def test_newest_and_best_of_every_run_are_found_with_their_own_inputs(options, tmp_path):
@@ -156,13 +159,18 @@ def test_newest_and_best_of_every_run_are_found_with_their_own_inputs(options, t
         own = dataclasses.replace(options, tokenizer=TokenizerOptions(path=f"/tokenizers/{name}"))
         (roots / name / "config.yaml").write_text(to_yaml(own))
     (roots / "unrelated").mkdir()
-    assert find_runs([str(roots)]) == [str(roots / "a"), str(roots / "b")]
-    found = find_candidates(options, [str(roots)], best=True)
-    steps = [(c.options.run.path[-1], c.commit.step, c.options.tokenizer.path) for c in found]
-    assert steps[:2] == [("b", 8, "/tokenizers/b"), ("a", 8, "/tokenizers/a")]
-    assert sorted(steps[2:]) == [("a", 5, "/tokenizers/a"), ("b", 5, "/tokenizers/b")]
-    assert {c.commit.step for c in find_candidates(options, [str(roots)], best=False)} == {8}
-    assert [c.commit.step for c in find_candidates(options, [], best=True)] == [7]
+    assert list(find_runs([str(roots)])) == [str(roots / "a"), str(roots / "b")]
+    found = [candidate.choose() for candidate in find_candidates(options, [str(roots)], best=True)]
+
+    def step(checkpoint: str) -> str:
+        return checkpoint if checkpoint == "latest" else str(int(checkpoint.split("step-")[1][:9]))
+
+    steps = [(each.run.path[-1], step(each.checkpoint), each.tokenizer.path) for each in found]
+    assert steps[:2] == [("b", "latest", "/tokenizers/b"), ("a", "latest", "/tokenizers/a")]
+    assert sorted(steps[2:]) == [("a", "5", "/tokenizers/a"), ("b", "5", "/tokenizers/b")]
+    assert len(find_candidates(options, [str(roots)], best=False)) == 2
+    newest, best = find_candidates(options, [], best=True)
+    assert newest.choose() == dataclasses.replace(options, checkpoint="latest") and best.choose() is None
 
 
 def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options, tmp_path, unmeasured):
@@ -171,7 +179,82 @@ def test_a_run_that_cannot_be_evaluated_does_not_keep_the_others_from_it(options
     os.truncate(os.path.join(commits[1].path, checkpoints.WEIGHTS), 100)
     found = nightly(options, NightlyOptions(runs=(str(tmp_path / "runs"),)))
     assert list(found["evaluated"]) == [commits[0].path] and found["exit_code"] == 1
-    assert list(found["failed"]) == [commits[1].path] and "damaged" in found["failed"][commits[1].path]
+    assert list(found["failed"]) == [bad] and "all checkpoints in it are damaged" in found["failed"][bad]
+
+
+@pytest.mark.parametrize("damage", ["commit", "config", "lost node", "record"])
+def test_nothing_that_is_damaged_or_lost_ends_the_night(options, tmp_path, unmeasured, monkeypatch, damage):
+    good, bad = str(tmp_path / "runs" / "good"), str(tmp_path / "runs" / "bad")
+    commits = [add_checkpoint(options, 5, run) for run in (good, bad)]
+    settings = NightlyOptions(runs=(str(tmp_path / "runs"),))
+    failing = bad
+    if damage == "commit":
+        with open(os.path.join(commits[1].path, checkpoints.COMMIT), "w") as file:
+            file.write("{")
+    elif damage == "config":
+        with open(os.path.join(bad, "config.yaml"), "w") as file:
+            file.write("tokenizer: {path: [")
+    elif damage == "lost node":
+
+        def lost(options, progress=None, preparation=None):
+            if options.run.path == bad:
+                raise RuntimeError("CUDA out of memory")
+            return fabricate(options, progress, preparation)
+
+        monkeypatch.setattr(nightly_module, "evaluate", lost)
+    else:
+        nightly(options, settings)
+        failing = fabricate(dataclasses.replace(options, checkpoint=commits[1].path)).path
+        with open(failing, "a") as file:
+            file.write("}")
+        new = add_checkpoint(options, 6, good)
+    found = nightly(options, settings)
+    assert list(found["evaluated"]) == [commits[0].path if damage != "record" else new.path] and found["exit_code"] == 1
+    assert failing in found["failed"] and os.path.exists(found["page"])
+
+
+def test_a_budget_that_no_evaluation_fits_into_is_an_error(options, unmeasured):
+    nightly(options, NightlyOptions())
+    add_checkpoint(options, step=9, seed=1)
+    (record,) = list_records(options.evaluation.path)
+    budget = record.content["wall_seconds"]["total"] / 2
+    found = nightly(options, NightlyOptions(time_budget_seconds=budget))
+    assert found["exit_code"] == 1 and "no night has room for one" in found["failed"][options.run.path]
+
+
+def test_each_hook_is_told_once(options, tmp_path, unmeasured):
+    nightly(options, NightlyOptions())
+    worse(list_records(options.evaluation.path)[0], step=3)
+    command = f"cat >> {tmp_path}/told"
+    both = NightlyOptions(command=command, webhook="http://127.0.0.1:9/")
+    for _ in range(2):
+        found = nightly(options, both)
+        assert found["exit_code"] == 3 and "webhook" in found["failed"]["alert"] and "command" not in found["failed"]["alert"]
+    told = json.loads((tmp_path / "told").read_text())
+    assert told["regressions"] == json.loads(json.dumps(found["regressions"]))
+    assert nightly(options, NightlyOptions(command=command))["exit_code"] == 0
+
+
+def test_two_nightlies_at_once_tell_once(options, tmp_path, unmeasured):
+    nightly(options, NightlyOptions())
+    worse(list_records(options.evaluation.path)[0], step=3)
+    settings = NightlyOptions(command=f"sleep 0.5; cat >> {tmp_path}/told; echo >> {tmp_path}/told")
+    summaries: list[dict] = []
+    threads = [threading.Thread(target=lambda: summaries.append(nightly(options, settings))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(summary["exit_code"] for summary in summaries) == [0, 3]
+    assert len((tmp_path / "told").read_text().splitlines()) == 1
+
+
+def test_searches_and_other_runs_in_the_folder_raise_no_alarm(options, unmeasured):
+    nightly(options, NightlyOptions())
+    (record,) = list_records(options.evaluation.path)
+    for step, value in ((3, 1.0), (5, 1000.0)):  # of a search: other sampling options
+        trial = worse(record, step, sampling={**record.content["sampling"], "temperature": 0.5}, value=value)
+    assert trial.step == 5 and nightly(options, NightlyOptions())["exit_code"] == 0
 
 
 def test_without_a_run_the_folder_is_named(options, tmp_path):

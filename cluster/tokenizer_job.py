@@ -32,8 +32,8 @@ class TokenizerSummary:
     fingerprint: str
     num_samples: int
     reconstruction_loss: float
-    codebook_usage: float
-    codebook_perplexity: float
+    codebook_usage: float | None
+    codebook_perplexity: float | None
     sample_log_hash: str
 
 
@@ -106,7 +106,7 @@ def _summary(options: TokenizerJobOptions, commit: checkpoints.Commit) -> Tokeni
         fingerprint=tokenizer_fingerprint(options.tokenizer.path),
         num_samples=commit.step * options.tokenizer_train.global_batch_size,
         reconstruction_loss=last["loss"],
-        codebook_usage=last["codebook_usage"],
-        codebook_perplexity=last["codebook_perplexity"],
+        codebook_usage=last.get("codebook_usage"),
+        codebook_perplexity=last.get("codebook_perplexity"),
         sample_log_hash=commit.content["sample_log_hash"],
     )

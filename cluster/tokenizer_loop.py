@@ -25,6 +25,7 @@ from cluster.train_metrics import TrainMetrics
 from cluster.train_step import step_seed
 from cluster.training_run import RunPlan, TrainingRun
 from cluster.watchdog import Watchdog
+from pipeline.encoding import use_parity_mode
 from pipeline.image_loader import ImageLoader, LoadedImages
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_input
@@ -55,6 +56,8 @@ def tokenizer_worker(
     """
     keep_freed_memory()
     torch.set_num_threads(num_threads)
+    if options.tokenizer_train.precision == "fp32":
+        use_parity_mode()
     device = torch.device("cuda") if torch.cuda.is_available() else None
     with Watchdog(options.scaling.hang_timeout_seconds) as watchdog, StepTimer(device) as timer:
         _run(options, inputs, should_leave, watchdog, timer)
@@ -181,8 +184,8 @@ class TokenizerStage:
         return to_input(pixels, self.options.tokenizer.num_labels)
 
     def _codebook_numbers(self, step: int) -> dict[str, float]:
-        """Codebook health since the last revival, at steps that are logged; revives dead codes when it is time."""
-        train, counts = self.options.tokenizer_train, self.trainer.code_counts_K
+        """Codebook health since the last logged step, at steps that are logged; revives dead codes when it is time."""
+        train, health_K = self.options.tokenizer_train, self.trainer.health_counts_K
         num_done, total = step + 1, num_steps(train)
         is_logged = num_done % train.log_every_steps == 0 or num_done == total
         every = train.revive_every_steps
@@ -190,16 +193,20 @@ class TokenizerStage:
         if not (is_logged or revives):
             return {}
         self._pool_counts()
-        health = codebook_health(copy_from_first_rank(counts.clone()))
         if revives:
             self.trainer.revive_dead_codes()
+        if not is_logged:
+            return {}
+        health = codebook_health(copy_from_first_rank(health_K.clone()))
+        health_K.zero_()
         return {f"codebook_{name}": value for name, value in health._asdict().items()}
 
     def _pool_counts(self) -> None:
         """Leaves on rank 0 the counts of all ranks, and zero on others: what they add up to stays the same."""
-        counts = sum_over_ranks(self.trainer.code_counts_K)
-        if self.rank != 0:
-            counts.zero_()
+        for counts_K in (self.trainer.code_counts_K, self.trainer.health_counts_K):
+            sum_over_ranks(counts_K)
+            if self.rank != 0:
+                counts_K.zero_()
 
     def record(
         self, loaded: LoadedImages, loss_sum: float, digests: list[int], numbers: dict[str, float]
@@ -229,6 +236,7 @@ class TokenizerStage:
         self.trainer.load_state_dict(state)
         if self.rank != 0:
             self.trainer.code_counts_K.zero_()
+            self.trainer.health_counts_K.zero_()
 
     def settle(self) -> None:
         pass

@@ -1,11 +1,13 @@
 """The options of the `train-tokenizer` job, what follows from them, and which of them a training may change midway."""
 
 import dataclasses
+import logging
 
 from pipeline import storage
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
+from stages.first_stage.lpips import SMALLEST_IMAGE
 from stages.first_stage.quantizers.loss_weights import check_losses
 from stages.first_stage.tokenizer import tokenizer_config
 from stages.options import (
@@ -16,6 +18,8 @@ from stages.options import (
     TokenizerOptions,
     TokenizerTrainOptions,
 )
+
+logger = logging.getLogger(__name__)
 
 # What may differ when a training goes on: none of it changes what a step computes, but for the order of sums among ranks.
 FREE = {
@@ -72,6 +76,19 @@ def check_training(options: TokenizerJobOptions) -> None:
             f"Name a file of VGG16 weights, or set the weight to 0."
         )
     check_batch(options)
+    _warn_of_missing_attention(options)
+
+
+def _warn_of_missing_attention(options: TokenizerJobOptions) -> None:
+    sides = [options.images.size >> level for level in range(len(options.tokenizer.channel_multipliers))]
+    if missing := [side for side in options.tokenizer.attention_resolutions if side not in sides]:
+        logger.warning(
+            "tokenizer.attention_resolutions has %s, but feature maps of %d pixel images have the sides %s: there is no attention at %s.",
+            list(options.tokenizer.attention_resolutions),
+            options.images.size,
+            ", ".join(map(str, sides)),
+            ", ".join(map(str, missing)),
+        )
 
 
 def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> int:
@@ -83,6 +100,11 @@ def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, im
     config = tokenizer_config(tokenizer, images)
     check_losses(tokenizer.quantizer, train)
     build_discriminator(train, config.in_channels, images.size)
+    if train.perceptual_weight > 0 and images.size < SMALLEST_IMAGE:
+        raise ConfigError(
+            f"tokenizer_train.perceptual_weight is {train.perceptual_weight}, but VGG16 halves images four times and images.size is "
+            f"{images.size}. Use at least {SMALLEST_IMAGE} pixels, or set the weight to 0."
+        )
     for key in ("discriminator_weight", "perceptual_weight"):
         if tokenizer.num_labels is not None and getattr(train, key) > 0:
             raise ConfigError(
@@ -108,12 +130,14 @@ def check_batch(options: TokenizerJobOptions) -> None:
 
 
 def fixed_options(options: TokenizerJobOptions) -> dict[str, dict[str, object]]:
-    """The options that a training keeps from its first step to its last. A longer one is another one unless the rate is constant."""
+    """The options that a training keeps from its first step to its last. A longer one is another one unless nothing in it follows its
+    length: not the learning rate, nor the time until which dead codes are revived, nor a temperature."""
     fixed = {
         section: {key: value for key, value in values.items() if key not in FREE.get(section, ())}
         for section, values in to_dict(options).items()
         if section != "scaling"
     }
-    if options.tokenizer_train.decay == "none":
+    train = options.tokenizer_train
+    if train.decay == "none" and train.revive_every_steps == 0 and options.tokenizer.quantizer != "gumbel":
         del fixed["tokenizer_train"]["num_samples"]
     return fixed

@@ -33,12 +33,17 @@ def render_input(
         known = ", ".join([IMAGE, *example.conditions])
         raise ConfigError(f"tokenizer.input is {name}, but images of this source have {known}. Choose one of these.")
     values = example.conditions[name]
+    if values.shape != example.image.shape[:2]:
+        raise ConfigError(
+            f"tokenizer.input is {name}, but the {name} of {uri} is of shape {values.shape} and its image of {example.image.shape[:2]}. "
+            f"Give every image a map of its own size."
+        )
     check_map(values, tokenizer, uri)
     return render_map(values, crop, (images.size, images.size))[..., None]
 
 
 def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None:
-    """Refuses a map of numbers where there should be one of labels, the other way round, and labels out of range.
+    """Refuses a map of numbers where there should be one of labels, the other way round, and values out of range.
 
     Raises:
         ConfigError: naming the image.
@@ -52,10 +57,20 @@ def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None
         raise ConfigError(
             f"tokenizer.num_labels is {num_labels}, but tokenizer.input is {name}, a map of numbers. Leave it out."
         )
+    if num_labels is None and not (values.min() >= 0 and values.max() <= 1):
+        raise ConfigError(
+            f"tokenizer.input is {name}, but that of {uri} has values from {values.min():.4g} to {values.max():.4g}, and a map of numbers "
+            f"is in [0, 1]. Scale it in the source."
+        )
+    if num_labels is not None and values.min() < 0:
+        raise ConfigError(
+            f"tokenizer.input is {name}, but that of {uri} has the id {values.min()}, and ids count from 0. Give pixels without a "
+            f"label an id of their own."
+        )
     if num_labels is not None and values.max() >= num_labels:
         raise ConfigError(
             f"tokenizer.num_labels is {num_labels}, but the {name} of {uri} has the id {values.max()}. Use at least "
-            f"{values.max() + 1}."
+            f"{values.max() + 1}; or give pixels without a label the next free id, where that one stands for them."
         )
 
 

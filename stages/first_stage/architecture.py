@@ -11,7 +11,7 @@ from stages.first_stage.blocks import NUM_GROUPS
 from stages.first_stage.foreign import Foreign, name_some
 from stages.first_stage.names import is_attention_matrix
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
-from stages.project_config import Target
+from stages.project_config import Target, number
 
 PUBLISHED_RESOLUTION = 256
 GUMBEL = "quantize.proj.weight"  # only CompVis' `GumbelVQ` has it
@@ -66,7 +66,7 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
             f"{path} has widths {[base, *widths]}, but the first must be a multiple of {NUM_GROUPS} and divide the "
             "others. Choose the checkpoint of a convolutional VQGAN."
         )
-    described_resolution = _parameter(described, "ddconfig.resolution") if described is not None else None
+    described_resolution = _described_resolution(described, path) if described is not None else None
     resolution = marker.get("resolution", described_resolution or PUBLISHED_RESOLUTION)
     attended = tuple(
         resolution >> i for i in range(num_levels) if rename(f"encoder.down.{i}.attn.0.q.weight") in tensors
@@ -110,6 +110,11 @@ def check_described(config: TokenizerConfig, described: Target, project_path: st
                 f"{key} in {project_path} is {there}, but the tensors of {path} give {here}. Name the project file that came "
                 "with this checkpoint."
             )
+
+
+def _described_resolution(described: Target, path: str) -> int | None:
+    ddconfig = described.params.get("ddconfig")
+    return number(Target("ddconfig", ddconfig), "resolution", f"the project file of {path}") if isinstance(ddconfig, dict) else None
 
 
 def _parameter(described: Target, key: str) -> Any:

@@ -50,10 +50,15 @@ def build_discriminator(options: TokenizerTrainOptions, in_channels: int, size: 
     """The discriminator asked for, or None when its weight is 0.
 
     Raises:
-        ConfigError: the image is too small to leave one patch.
+        ConfigError: the image is too small to leave one patch, or a width does not fit the normalisation groups.
     """
     if options.discriminator_weight == 0:
         return None
+    if 2 * options.discriminator_channels % GROUPS:
+        raise ConfigError(
+            f"tokenizer_train.discriminator_channels is {options.discriminator_channels}, but it must be a multiple of {GROUPS // 2} "
+            f"(normalisation groups). Use {options.discriminator_channels // 4 * 4}."
+        )
     needed = smallest_image(options.discriminator_layers)
     if size < needed:
         raise ConfigError(

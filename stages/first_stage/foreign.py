@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 # Beside the tensors of an export: what they cannot tell. Foreign readers pass over it.
 MARKER = "tessera"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-CONTAINERS = ("state_dict", "model", "module")  # Lightning; LlamaGen; LlamaGen under DeepSpeed
+# Lightning; LlamaGen; LlamaGen under DeepSpeed; LlamaGen's averaged weights, which only some of its scripts load.
+CONTAINERS = ("state_dict", "model", "module", "ema")
 MAX_NAMED = 5
 
 
@@ -73,7 +74,7 @@ class Foreign:
             raise ArtefactError(
                 f"{self.path} has {name_some(strays)}, but every weight must be a tensor. Choose the file of the weights."
             )
-        broken = [name for name, value in self.tensors.items() if not value.isfinite().all()]
+        broken = [name for name, value in self.tensors.items() if not value.float().isfinite().all()]
         if broken:
             raise ArtefactError(
                 f"{self.path} has {name_some(broken)} with values that are not finite, but weights must be. Fetch it again."
@@ -90,7 +91,11 @@ def read_foreign(file: str) -> Foreign:
     """
     path = _weights_file(file)
     content = read_checkpoint(path)
-    nested = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
+    taken = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
+    nested = content if taken is None else content[taken]
+    left = [str(name) for name, value in content.items() if isinstance(value, dict) and name not in (taken, MARKER)]
+    if taken is not None and left:
+        logger.info("Taken from %s: the weights called %s. Left out: %s", path, taken, ", ".join(left))
     tensors = {str(name): value for name, value in nested.items() if name != MARKER}
     return Foreign(path, tensors, _read_marker(content, path))
 

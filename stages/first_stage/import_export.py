@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,7 @@ TRAINING_ONLY = {
     r"quantize\.codebook_used$": "a count of used codes",
 }
 USED, CODEBOOK = "quantize.used", "quantize.embedding.weight"
+PER_CODE = (CODEBOOK, "quantize.embed.weight", "quantize.proj.weight", "quantize.proj.bias")  # those of GumbelVQ last
 UNIT_NORM_TOLERANCE = 1e-5
 
 
@@ -75,7 +77,8 @@ def import_tokenizer(
 
 def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part: Part) -> Tokenizer:
     """`import_tokenizer` from a file that is read already."""
-    foreign = _autoencoder(foreign, part)
+    whole = _autoencoder(foreign, part)
+    foreign = _used_codes_only(whole)
     tensors, path = foreign.tensors, foreign.path
     found = detect_format(list(tensors))
     if found is None or format not in ("auto", found):
@@ -90,7 +93,8 @@ def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part:
     rename = renamer(found, count_levels(list(tensors), found))
     config = infer_config(foreign, rename, described)
     if described is not None and project is not None:
-        check_described(config, described, project.path, path)
+        as_trained = replace(config, codebook_size=_num_entries(whole) or config.codebook_size)
+        check_described(as_trained, described, project.path, path)
     tokenizer = build_tokenizer(config, tensors, rename, path)
     if found == "llamagen" and foreign.marker.get("codes") != "euclidean":
         _normalise_codebook(tokenizer)
@@ -131,6 +135,8 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         "attention_resolutions": baked.config.attention_resolutions,
         "codes": "euclidean",
     }
+    for misfit in _misfits(baked.config, format):
+        logger.warning("%s cannot build this tokenizer, and its own code will not load the file: %s.", format, misfit)
     if format == "llamagen" and not _is_unit(tensors[CODEBOOK]):
         logger.warning(
             "The codebook of this tokenizer is not of unit length. LlamaGen's own code normalises it and gets other "
@@ -163,28 +169,33 @@ def _autoencoder(foreign: Foreign, part: Part) -> Foreign:
         raise ConfigError(f"--part is {part}, but {foreign.path} has no {prefix}*. Leave --part out.")
     inner = inner.without(TRAINING_ONLY)
     tensors = {current(name): tensor for name, tensor in inner.tensors.items()}
-    return _used_codes_only(Foreign(inner.path, tensors, inner.marker).checked())
+    return Foreign(inner.path, tensors, inner.marker).checked()
+
+
+def _num_entries(foreign: Foreign) -> int | None:
+    """Rows of the codebook, those too that a `remap` leaves unused."""
+    return next((len(foreign.tensors[name]) for name in PER_CODE if name in foreign.tensors), None)
 
 
 def _used_codes_only(foreign: Foreign) -> Foreign:
     """Cuts a codebook to the codes that a `remap` keeps, so that code i is the i-th of them, as its transformer knows it."""
-    tensors = dict(foreign.tensors)
+    tensors, num_entries = dict(foreign.tensors), _num_entries(foreign)
     used = tensors.pop(USED, None)
-    codebook = tensors.get(CODEBOOK)
-    if used is None or codebook is None:
+    if used is None or num_entries is None:
         return foreign
-    if used.dim() != 1 or used.is_floating_point() or not 0 <= used.min() <= used.max() < len(codebook):
+    if used.dim() != 1 or not len(used) or used.is_floating_point() or not 0 <= used.min() <= used.max() < num_entries:
         raise ArtefactError(
             f"{foreign.path} has {USED} of shape {tuple(used.shape)}, but it must number entries of the codebook of "
-            f"{len(codebook)}. Fetch it again."
+            f"{num_entries}. Fetch it again."
         )
     logger.warning(
         "%s uses %d of %d codebook entries: the tokenizer has these only, and encodes to the nearest of them.",
         foreign.path,
         len(used),
-        len(codebook),
+        num_entries,
     )
-    return Foreign(foreign.path, {**tensors, CODEBOOK: codebook[used]}, foreign.marker)
+    cut = {name: tensors[name][used] for name in PER_CODE if name in tensors}
+    return Foreign(foreign.path, {**tensors, **cut}, foreign.marker)
 
 
 def _normalise_codebook(tokenizer: Tokenizer) -> None:
@@ -197,6 +208,20 @@ def _normalise_codebook(tokenizer: Tokenizer) -> None:
 
 def _is_unit(codebook_KD: Tensor) -> bool:
     return bool(((codebook_KD.norm(dim=-1) - 1.0).abs() < UNIT_NORM_TOLERANCE).all())
+
+
+def _misfits(config: TokenizerConfig, format: str) -> list[str]:
+    """What a project's own code builds in one way only and this tokenizer has otherwise; importing it here works all the same."""
+    found = []
+    sides = [config.resolution >> level for level in range(len(config.channel_multipliers))]
+    attended = [side for side in sides if side in config.attention_resolutions]
+    if not config.middle_attention:
+        found.append("it always has attention in the middle")
+    if format == "llamagen" and attended != sides[-1:]:
+        found.append(f"it has attention at the last level, {sides[-1]} x {sides[-1]}, alone, and here it is at {attended or 'none'}")
+    if config.quantizer == "gumbel" and config.codebook_dim != config.z_channels:
+        found.append(f"its GumbelVQ has one width, and here codes have {config.codebook_dim} and z_channels {config.z_channels}")
+    return found
 
 
 def _outward(name: str, tensor: Tensor, format: str) -> Tensor:

@@ -16,6 +16,7 @@ from stages.errors import ConfigError
 BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 WIDTHS = (64, 128, 256, 512, 512)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from [-1, 1] to what VGG16 was trained on
+SMALLEST_IMAGE = 16  # pixels, of which the last block sees one
 EPS = 1e-10  # added to the norm, not to its square
 CONVOLUTION = re.compile(r"(?:.*\.)?(?:features|slice[1-5])\.(\d+)\.(weight|bias)")
 HEAD = re.compile(r"(?:.*\.)?lin([0-4])\.model\.1\.weight")

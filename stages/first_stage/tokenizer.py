@@ -130,6 +130,8 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
             f"tokenizer.base_channels is {options.base_channels}, but it must be a multiple of {NUM_GROUPS} (normalisation groups). "
             f"Use {-(-options.base_channels // NUM_GROUPS) * NUM_GROUPS}."
         )
+    if not options.channel_multipliers:
+        raise ConfigError("tokenizer.channel_multipliers is [], but a network has at least one level. Write e.g. [1, 2, 4].")
     factor = 2 ** (len(options.channel_multipliers) - 1)
     if images.size % factor:
         raise ConfigError(

@@ -10,6 +10,7 @@ from stages.first_stage.adversary import Adversary
 from stages.first_stage.discriminator import PatchDiscriminator
 from stages.first_stage.losses import adaptive_weight, label_loss, last_layer_grad_norm, reconstruction_loss
 from stages.first_stage.lpips import Lpips
+from stages.first_stage.quantizers.base import Quantized
 from stages.first_stage.quantizers.loss_weights import loss_weights
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.weight_average import WeightAverage
@@ -44,7 +45,7 @@ class FirstStageTrainer:
         all_reduce_mean: Callable[[Tensor], None] = lambda tensor: None,
     ):
         self.options, self.perceptual, self.is_labels = options, perceptual, is_labels
-        self.loss_weights, self.all_reduce_mean = loss_weights(options), all_reduce_mean
+        self.loss_weights, self.all_reduce_mean = loss_weights(tokenizer.config.quantizer, options), all_reduce_mean
         tokenizer.quantize.configure(options)
         self.tokenizer, self.discriminator = tokenizer, discriminator
         self.tokenizer_parallel = wrap(tokenizer)
@@ -56,7 +57,10 @@ class FirstStageTrainer:
         self.average = WeightAverage(tokenizer, options.weight_average_decay)
         self.device = next(tokenizer.parameters()).device
         self.recent_vectors_ND = torch.zeros(0, tokenizer.config.codebook_dim, device=self.device)
-        self.code_counts_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=self.device)
+        # Uses of each code since the last revival, and since its health was last logged.
+        self.code_counts_K, self.health_counts_K = (
+            torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=self.device) for _ in range(2)
+        )
 
     def learning_rate(self, num_seen: int) -> float:
         """Learning rate after `num_seen` images."""
@@ -98,10 +102,19 @@ class FirstStageTrainer:
             metrics |= {"generator": generator.detach(), "adversarial_weight": weight.detach()}
         loss.backward()
         metrics["grad_norm"] = self._update(self.tokenizer, self.tokenizer_optimizer, learning_rate)
-        self.code_counts_K += torch.bincount(quantized.codes_BHW.flatten(), minlength=len(self.code_counts_K))
+        self._count(quantized)
         if self.tokenizer.quantize.row_tensors:
             self.recent_vectors_ND = torch.cat([self.recent_vectors_ND, quantized.vectors_ND])[-NUM_RECENT_VECTORS:]
         return reconstructions.detach(), metrics
+
+    @torch.no_grad()
+    def _count(self, quantized: Quantized) -> None:
+        """Counts codes as they are when encoding: what a quantizer draws in training is spread wider."""
+        quantize, size = self.tokenizer.quantize, len(self.code_counts_K)
+        codes_N = quantize.assign(quantized.vectors_ND) if quantize.draws else quantized.codes_BHW.flatten()
+        counts_K = torch.bincount(codes_N, minlength=size)
+        self.code_counts_K += counts_K
+        self.health_counts_K += counts_K
 
     @torch.no_grad()
     def _start_codebook(self, images_BCHW: Tensor) -> None:
@@ -186,6 +199,7 @@ class FirstStageTrainer:
             "average": self.average.average,
             "num_updates": self.average.num_updates,
             "code_counts": self.code_counts_K,
+            "health_counts": self.health_counts_K,
             "recent_vectors": self.recent_vectors_ND,
         }
         if self.adversary is not None and self.discriminator_optimizer is not None:
@@ -198,7 +212,7 @@ class FirstStageTrainer:
         self.tokenizer_optimizer.load_state_dict(state["tokenizer_optimizer"])
         self.average.average = state["average"]
         self.average.num_updates = state["num_updates"]
-        self.code_counts_K = state["code_counts"]
+        self.code_counts_K, self.health_counts_K = state["code_counts"], state["health_counts"]
         self.recent_vectors_ND = state["recent_vectors"]
         if self.adversary is not None and self.discriminator_optimizer is not None:
             self.adversary.load_state_dict(state["adversary"])

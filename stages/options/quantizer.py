@@ -19,7 +19,7 @@ class QuantizerOptions:
         None,
         "Number of codes; 1024, or what fsq_levels or one bit per dimension make, if not given.",
         low=2,
-        high=1 << 20,
+        high=1 << 16,
     )
     codebook_dim: int | None = option(
         None, "Width of a code vector; 8, or what fsq_levels or one bit per dimension ask for, if not given.", low=1
@@ -32,14 +32,14 @@ class QuantizerTrainOptions:
     """Weights of the quantizer's losses, its gradient and its schedules."""
 
     codebook_weight: float | None = option(
-        None, "Weight of |sg[z] - e|^2, which moves the codebook; 1.0 if not given.", low=0.0
+        None, "Weight of |sg[z] - e|^2, which moves the codebook; 1.0 (ibq: 0.25) if not given.", low=0.0
     )
     commitment_weight: float | None = option(
-        None, "Weight of |z - sg[e]|^2, which moves the encoder; 0.25 if not given.", low=0.0
+        None, "Weight of |z - sg[e]|^2, which moves the encoder; 0.25 (ibq: 1.0) if not given.", low=0.0
     )
     entropy_weight: float | None = option(
         None,
-        "Weight of entropy per vector minus entropy of all; if not given, 0.1 for lfq, bsq, ibq and none for others.",
+        "Weight of entropy per vector minus entropy of all; if not given, 0.1 for lfq and bsq, 0.05 for ibq, none for others.",
         low=0.0,
     )
     kl_weight: float | None = option(

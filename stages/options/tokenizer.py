@@ -14,11 +14,14 @@ class TokenizerOptions(QuantizerOptions):
     path: str = option("runs/tokenizer", "Folder of the tokenizer artefact.")
     input: str = option("image", "What is tokenized: image, or a condition map of the source, such as segmentation or depth.")
     num_labels: int | None = option(
-        None, "A map of ids below this is seen one-hot, in so many channels; maps of numbers in [0, 1] are one channel.", low=2
+        None,
+        "A map of ids below this is seen one-hot, in so many channels; maps of numbers in [0, 1] are one channel.",
+        low=2,
+        high=256,
     )
     base_channels: int = option(128, "Channels at full resolution; a multiple of 32 (GroupNorm has 32 groups).", low=32)
     channel_multipliers: tuple[int, ...] = option(
-        (1, 1, 2, 2, 4), "Per level; each level but the last halves the image."
+        (1, 1, 2, 2, 4), "Per level; each level but the last halves the image.", low=1
     )
     num_res_blocks: int = option(2, "Residual blocks per level.", low=1)
     attention_resolutions: tuple[int, ...] = option((16,), "Feature-map sides at which self-attention is used.")

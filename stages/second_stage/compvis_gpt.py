@@ -30,6 +30,7 @@ OTHER_PARTS = {
     r"cond_stage_model\.": "the tokenizer of the condition",
     r"loss\.": "the training losses",
 }
+TOKENIZERS = ("VQModel", "VQSegmentationModel", "GumbelVQ")
 # Of which configurations of the original say how they are used; here they are not.
 UNSUPPORTED = {"attn_pdrop": 0.0, "n_unmasked": 0}
 
@@ -116,6 +117,11 @@ def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tup
         num_classes, start = 0, number(project.model, "sos_token", project.path, 0) or 0
     elif isinstance(stage, Target) and stage.name == "Labelator" and project is not None:
         num_classes = number(stage, "n_classes", project.path, num_classes)
+    elif project is not None and isinstance(stage, Target) and stage.name not in TOKENIZERS:
+        raise ConfigError(
+            f"cond_stage_config in {project.path} is {stage.name}, but the conditions that can be imported are none, classes (Labelator) "
+            f"and the codes of a tokenizer ({', '.join(TOKENIZERS)}). Choose another checkpoint."
+        )
     elif stage is not None or has_tokenizer:
         num_tokens = num_positions - request.grid[0] * request.grid[1]
         num_codes = min(size, request.condition_codebook_size or size)

@@ -323,3 +323,21 @@ def test_what_the_tensors_cannot_tell_is_asked_for(tmp_path, changes, message):
     )
     with pytest.raises(ConfigError, match=message):
         import_transformer(options)
+
+
+def test_a_condition_of_another_kind_is_refused_by_name(tmp_path):
+    """Coordinates and boxes are tokens in the original, too, but no tokenizer's codes."""
+    torch.save({"state_dict": net2net_tensors(1 + SIDE**2, CODEBOOK)}, tmp_path / "last.ckpt")
+    store_tokenizer(codes_tokenizer(), str(tmp_path / "tokenizer"))
+    params = {"cond_stage_config": {"target": "taming.modules.misc.coord.CoordStage", "params": {"n_embed": 1024, "down_factor": 16}}}
+    project = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}}
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
+    options = ImportTransformerOptions(
+        file=str(tmp_path / "last.ckpt"),
+        output=str(tmp_path / "run"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        config=str(tmp_path / "project.yaml"),
+        num_heads=2,
+    )
+    with pytest.raises(ConfigError, match="cond_stage_config in .* is CoordStage, but the conditions that can be imported are none"):
+        import_transformer(options)

@@ -9,6 +9,7 @@ from tests_support import tiny_config
 from cluster.job_plan import check_config
 from cluster.tokenizer_options import FREE, TokenizerJobOptions, check_training, fixed_options, num_steps
 from stages.config import load_config, select_sections
+from stages.errors import ConfigError
 from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
 from stages.options import Config
 
@@ -50,9 +51,36 @@ def test_every_free_option_exists():
         assert names <= fields
 
 
-def test_a_longer_training_is_another_one_unless_the_rate_is_constant():
-    def fixed(**train):
-        return fixed_options(select_sections(TokenizerJobOptions, tiny_config("x", tokenizer_train=train)))
+def options_with(tokenizer=None, images=None, **train) -> TokenizerJobOptions:
+    sections = {"tokenizer_train": train, "tokenizer": tokenizer or {}, "images": images or {}}
+    return select_sections(TokenizerJobOptions, tiny_config("x", **sections))
 
-    assert fixed(num_samples=64) != fixed(num_samples=128)
-    assert fixed(num_samples=64, decay="none") == fixed(num_samples=128, decay="none")
+
+def test_a_longer_training_is_another_one_unless_nothing_in_it_follows_its_length():
+    def are_equal(**options) -> bool:
+        shorter, longer = (fixed_options(options_with(num_samples=n, **options)) for n in (64, 128))
+        return shorter == longer
+
+    assert are_equal(decay="none", revive_every_steps=0)
+    assert not are_equal(revive_every_steps=0)
+    assert not are_equal(decay="none", revive_every_steps=10), "the last fifth revives none"
+    assert not are_equal(decay="none", revive_every_steps=0, tokenizer={"quantizer": "gumbel"})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"discriminator_weight": 0.1, "discriminator_channels": 10}, "discriminator_channels is 10, but .* multiple of 4.*Use 8"),
+        ({"tokenizer": {"channel_multipliers": ()}}, r"tokenizer.channel_multipliers is \[\], but"),
+        ({"perceptual_weight": 1.0}, "perceptual_vgg names no weights"),
+        ({"perceptual_weight": 1.0, "perceptual_vgg": "x", "images": {"size": 8}}, "images.size is 8. Use at least 16"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_starts(options, message):
+    with pytest.raises(ConfigError, match=message):
+        check_training(options_with(**options))
+
+
+def test_attention_at_a_side_that_does_not_occur_is_warned_of(caplog):
+    check_training(options_with(tokenizer={"attention_resolutions": (16, 5)}, images={"size": 16}))
+    assert "there is no attention at 5" in caplog.text

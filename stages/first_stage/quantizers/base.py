@@ -32,9 +32,11 @@ class Quantizer(nn.Module):
         codebook_size: K.
         codebook_dim: D.
         row_tensors: names of the tensors with one row per entry, which `start` and `revive` write.
+        draws: whether its codes in training mode are drawn, and others than `encode` gives.
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = ()
+    draws: ClassVar[bool] = False
 
     def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()

@@ -24,6 +24,8 @@ class GumbelQuantizer(Quantizer):
         noise_seed: the noise is a function of it and of the features' shape; of torch's global generator if None.
     """
 
+    draws = True
+
     def __init__(self, codebook_size: int, codebook_dim: int, temperature: float = 1.0):
         super().__init__(codebook_size, codebook_dim)
         self.proj = nn.Conv2d(codebook_dim, codebook_size, 1)

@@ -18,6 +18,8 @@ LOSSES_OF = {
     "bsq": ("entropy",),
 }
 DEFAULTS = {"codebook": 1.0, "commitment": 0.25, "index": 1.0, "entropy": 0.1, "kl": 5e-4}
+# TencentARC/SEED-Voken weighs the two sides of IBQ's distance the other way round.
+DEFAULTS_OF = {"ibq": {"codebook": 0.25, "commitment": 1.0, "entropy": 0.05}}
 # Every published model of CompVis/taming-transformers: the commitment weight 0.25 multiplies the codebook's term instead.
 PRESETS = {"compvis-legacy": {"codebook": 0.25, "commitment": 1.0, "kl": 1e-8}}
 
@@ -29,7 +31,7 @@ def check_losses(quantizer: str, options: TokenizerTrainOptions) -> None:
         ConfigError: a weight is given for a loss it does not have, a gradient for one that hands none on, or the weights
             contradict the preset.
     """
-    loss_weights(options)
+    loss_weights(quantizer, options)
     for name in LOSS_NAMES:
         given = getattr(options, f"{name}_weight", None)
         if given and name not in LOSSES_OF[quantizer]:
@@ -44,14 +46,14 @@ def check_losses(quantizer: str, options: TokenizerTrainOptions) -> None:
         )
 
 
-def loss_weights(options: TokenizerTrainOptions) -> dict[str, float]:
-    """Weight of every name in LOSS_NAMES.
+def loss_weights(quantizer: str, options: TokenizerTrainOptions) -> dict[str, float]:
+    """Weight of every name in LOSS_NAMES, for this kind of quantizer.
 
     Raises:
         ConfigError: a weight is given that the preset sets too.
     """
     preset = PRESETS[options.loss_preset] if options.loss_preset else {}
-    weights = DEFAULTS | preset
+    weights = DEFAULTS | DEFAULTS_OF.get(quantizer, {}) | preset
     for name in LOSS_NAMES:
         given = getattr(options, f"{name}_weight", None)
         if given is not None and name in preset:

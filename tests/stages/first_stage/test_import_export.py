@@ -1,6 +1,7 @@
 """Bring your own tokenizer: strict import, one fingerprint under three namings, and a way back."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -248,8 +249,31 @@ def test_a_euclidean_codebook_in_llamagen_naming_is_announced(tmp_path, caplog):
     export_tokenizer(tokenizer(), "llamagen", str(tmp_path / "a"))
     assert "not of unit length" in caplog.text
     caplog.clear()
-    export_tokenizer(unit_codebook(tokenizer()), "llamagen", str(tmp_path / "b"))
+    last_level = tokenizer(attention_resolutions=(128,))
+    export_tokenizer(unit_codebook(last_level), "llamagen", str(tmp_path / "b"))
     assert not caplog.text
+
+
+def test_an_export_that_the_other_project_cannot_build_is_announced(tmp_path, caplog):
+    def warned(format: str, **changes) -> str:
+        caplog.clear()
+        export_tokenizer(unit_codebook(tokenizer(**changes)), format, str(tmp_path / f"{len(list(tmp_path.iterdir()))}"))
+        return caplog.text
+
+    assert "attention at the last level, 128 x 128, alone, and here it is at none" in warned("llamagen", attention_resolutions=())
+    assert "attention at the last level" in warned("llamagen", attention_resolutions=(256, 128))
+    assert "always has attention in the middle" in warned("diffusers", middle_attention=False)
+    assert not warned("compvis", attention_resolutions=(256,))
+
+
+def test_weights_that_are_not_taken_are_named(checkpoint, caplog):
+    caplog.set_level(logging.INFO)
+    plain, averaged = (foreign(unit_codebook(tokenizer(seed)), "llamagen") for seed in (0, 1))
+    both = checkpoint({"model": plain, "ema": averaged, "optimizer": {"state": {}}, "steps": 3}, "both.pt")
+    assert import_tokenizer(both).fingerprint == fingerprint(unit_codebook(tokenizer(0)))
+    assert "the weights called model. Left out: ema, optimizer" in caplog.text
+    alone = import_tokenizer(checkpoint({"ema": averaged, "steps": 3}, "ema.pt"))
+    assert alone.fingerprint == fingerprint(unit_codebook(tokenizer(1)))
 
 
 @pytest.mark.slow

@@ -138,15 +138,30 @@ def test_a_fingerprint_from_before_a_field_came_is_the_same():
     assert fingerprint(tokenizer()) == "b0a762c8102c5c5d726d95789857193eb0b1922d7175985e0526611f526c1f01"
 
 
-def test_a_codebook_of_used_codes_is_cut_to_them(checkpoint, caplog):
+def test_a_resolution_that_is_no_number_is_refused(checkpoint, project):
+    path = checkpoint(foreign(tokenizer(), "compvis"))
+    with pytest.raises(ConfigError, match="resolution in the project file .* must be a whole number"):
+        import_tokenizer(path, project=project(resolution="${data.size}"))
+
+
+def test_used_codes_of_a_gumbel_tokenizer(checkpoint):
+    model = tokenizer(quantizer="gumbel")
+    used = torch.tensor([3, 5, 7, 30])
+    imported = import_tokenizer(checkpoint({**foreign(model, "compvis"), "quantize.used": used}))
+    codes = torch.randint(0, 4, (1, 8, 8))
+    assert imported.codebook_size == 4 and torch.equal(imported.decode(codes), model.decode(used[codes]))
+
+
+def test_a_codebook_of_used_codes_is_cut_to_them(checkpoint, project, caplog):
     model = tokenizer()
     used = torch.tensor([3, 5, 7, 30])
     path = checkpoint({**foreign(model, "compvis"), "quantize.used": used})
     imported = import_tokenizer(path)
+    assert import_tokenizer(path, project=project()).fingerprint == imported.fingerprint, "it names the whole codebook"
     codes = torch.randint(0, 4, (1, 8, 8))
     assert imported.codebook_size == 4 and "4 of 32 codebook entries" in caplog.text
     assert torch.equal(imported.decode(codes), model.decode(used[codes]))
-    for wrong in (torch.tensor([32]), torch.tensor([0.5]), torch.tensor([[1]])):
+    for wrong in (torch.tensor([32]), torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(ArtefactError, match="must number entries"):
             import_tokenizer(checkpoint({**foreign(model, "compvis"), "quantize.used": wrong}))
 

@@ -84,6 +84,15 @@ def test_dead_entries_move_onto_the_vectors_of_several_steps(monkeypatch):
     )
 
 
+def test_the_health_of_a_gumbel_codebook_is_that_of_its_codes_and_not_of_what_is_drawn():
+    trainer = build("gumbel", learning_rate=1e-9)
+    trainer.tokenizer.quantize.proj.weight.data.zero_()
+    trainer.tokenizer.quantize.proj.bias.data.zero_()[5] = 1.0  # the likeliest of nearly equal ones
+    trainer.step(images(0), 0)
+    counts = trainer.health_counts_K
+    assert counts[5] == counts.sum() > 0 and torch.equal(counts, trainer.code_counts_K)
+
+
 @pytest.mark.parametrize("kind", ["vq", "vq-l2", "vq-ema"])
 def test_revived_entries_leave_their_past_behind(kind):
     trainer = build(kind)

@@ -9,16 +9,19 @@ from stages.options import TokenizerTrainOptions
 
 
 def test_every_name_has_a_weight():
-    assert tuple(loss_weights(TokenizerTrainOptions())) == LOSS_NAMES
+    assert tuple(loss_weights("vq", TokenizerTrainOptions())) == LOSS_NAMES
+    ibq = loss_weights("ibq", TokenizerTrainOptions())  # SEED-Voken's IndexPropagationQuantize
+    assert (ibq["index"], ibq["codebook"], ibq["commitment"], ibq["entropy"]) == (1.0, 0.25, 1.0, 0.05)
+    assert loss_weights("ibq", TokenizerTrainOptions(commitment_weight=0.5))["commitment"] == 0.5
 
 
 def test_given_weights_count():
-    weights = loss_weights(TokenizerTrainOptions(codebook_weight=2.0, commitment_weight=0.0, entropy_weight=0.3))
+    weights = loss_weights("vq", TokenizerTrainOptions(codebook_weight=2.0, commitment_weight=0.0, entropy_weight=0.3))
     assert weights == {"codebook": 2.0, "commitment": 0.0, "index": 1.0, "entropy": 0.3, "kl": 5e-4}
 
 
 def test_the_preset_puts_the_weight_where_the_original_does():
-    weights = loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy"))
+    weights = loss_weights("vq", TokenizerTrainOptions(loss_preset="compvis-legacy"))
     assert (weights["commitment"], weights["codebook"], weights["kl"]) == (1.0, 0.25, 1e-8)
 
 
@@ -27,8 +30,8 @@ def test_preset_and_weight_contradict_each_other():
     with pytest.raises(
         ConfigError, match=r"codebook_weight is 1.0, but tokenizer_train.loss_preset=compvis-legacy .* 0.25"
     ):
-        loss_weights(options)
-    assert loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy", entropy_weight=0.5))["entropy"] == 0.5
+        loss_weights("vq", options)
+    assert loss_weights("vq", TokenizerTrainOptions(loss_preset="compvis-legacy", entropy_weight=0.5))["entropy"] == 0.5
 
 
 @pytest.mark.parametrize("kind", LOSSES_OF)

@@ -40,7 +40,7 @@ def compare(ours, theirs, z, total_of_ours, total_of_theirs):
 @pytest.mark.parametrize("is_legacy", [True, False])
 def test_codes_losses_and_gradients_of_vq(original, z, is_legacy):
     options = TokenizerTrainOptions(loss_preset="compvis-legacy") if is_legacy else TokenizerTrainOptions()
-    weights = loss_weights(options)
+    weights = loss_weights("vq", options)
     theirs = original.VectorQuantizer2(SIZE, DIM, beta=0.25, legacy=is_legacy, sane_index_shape=True)
     torch.nn.init.normal_(theirs.embedding.weight)
     ours = VectorQuantizer(SIZE, DIM)
@@ -64,7 +64,7 @@ def test_codes_losses_and_gradients_of_vq(original, z, is_legacy):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_draws_losses_and_gradients_of_gumbel(original, z, is_training):
-    kl_weight = loss_weights(TokenizerTrainOptions(loss_preset="compvis-legacy"))["kl"] * 1e6  # large enough to be seen
+    kl_weight = loss_weights("vq", TokenizerTrainOptions(loss_preset="compvis-legacy"))["kl"] * 1e6  # large enough to be seen
     theirs = original.GumbelQuantize(DIM, DIM, SIZE, kl_weight=kl_weight, temp_init=0.7).train(is_training)
     ours = GumbelQuantizer(SIZE, DIM, temperature=0.7).train(is_training)
     ours.load_state_dict(theirs.state_dict())

@@ -19,7 +19,7 @@ class QuantizerOptions:
         None,
         "Number of codes; 1024, or what fsq_levels or one bit per dimension make, if not given.",
         low=2,
-        high=1 << 16,
+        high=1 << 20,
     )
     codebook_dim: int | None = option(
         None, "Width of a code vector; 8, or what fsq_levels or one bit per dimension ask for, if not given.", low=1

@@ -158,6 +158,7 @@ class TestJobs:
             assert process.returncode == code == summary(out)["exit_code"] and summary(out)["status"] == "FAILED", err
             assert all(word in out + err for word in jobs[code][1]), out + err
 
+    @pytest.mark.slow
     def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(self, laptop, tmp_path):
         python = laptop.program("slow.sh", f"echo first; while ! [ -e {tmp_path}/go ]; do sleep 0.1; done; printf second")
         process = laptop.start("--python", python, "--job-id", "slow", "--json", "--", "verify", "/tmp")
@@ -189,6 +190,7 @@ class TestJobs:
         code, out, err = laptop.run("--follow", "sleeper", "--json")
         assert code == 1 and summary(out) == {"job": "sleeper", "status": "STOPPED", "exit_code": 1}
 
+    @pytest.mark.slow
     def test_training_over_a_connection_that_breaks(self, laptop, tmp_path):
         write_train_job(str(tmp_path), config_path=str(laptop.checkout / "mine.yaml"))
         variables = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "321"}  # which connecting to Ray sets as well

@@ -202,6 +202,7 @@ def test_samples_are_shown_beside_training_images(full_record):
     assert all(pair[:, 16:].tobytes() in views for pair in pairs)
 
 
+@pytest.mark.slow
 def test_memorisation_is_the_same_on_more_actors_and_other_items(full_record):
     record, full = full_record
     more = with_evaluation(full, num_sampler_actors=2, num_feature_actors=2, item_size=8)

@@ -145,7 +145,10 @@ def _template() -> Any:
 
 
 def _metric(record: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
-    return next((record["metrics"][name] for name in names if name in record["metrics"]), None)
+    """The first of these that was measured; of both Fréchet distances the one that `distance` names."""
+    is_fid = str(record.get("distance")).startswith("FID")
+    ordered = sorted(names, key=lambda name: ("fid" in name) != is_fid)
+    return next((record["metrics"][name] for name in ordered if name in record["metrics"]), None)
 
 
 def _text(metric: Mapping[str, Any]) -> str:

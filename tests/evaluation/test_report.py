@@ -97,6 +97,14 @@ def test_values_measured_with_the_fid_network_are_found_too():
     assert "5.00 ± 0.10" in page.text and "7.00 ± 0.10" in page.text
 
 
+def test_of_two_distances_the_one_that_is_named_stands_on_top():
+    metrics = {"gfid": metric(777.0, 0.1, 9), "gfd": metric(5.0, 0.1, 9)}
+    for distance, value in (("FID (inception-v3@299)", "777.00 ± 0.10"), (NAME, "5.00 ± 0.10")):
+        html = render_report(full(records=[record(700, 1.0, metrics=metrics, distance=distance)]))
+        table = html[html.index("How close to real images") :].split("</table>")[0]
+        assert distance in table and value in table.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_only_records_measured_alike_share_a_chart():
     records = [
         record(100, 193.0),

@@ -30,7 +30,7 @@ NUM_IMAGES, SHARD_SIZE = 120, 4
 TITLES = {"decoder": "decode_shard", "encoder": "ShardEncoder", "raylet": "raylet/raylet"}  # of processes, in part
 VICTIMS = (*TITLES, "driver")
 FATAL = ("raylet", "driver")  # to the command; the others it survives
-QUICK_VICTIMS = ["driver"]
+QUICK_VICTIMS = ["encoder", "driver"]
 KILLS_PER_DATASET = 5
 SECONDS_TO_DIE = 120
 

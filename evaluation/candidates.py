@@ -47,7 +47,7 @@ class Candidate:
 
 
 def find_runs(roots: Sequence[str]) -> dict[str, float]:
-    """Folders of runs with at least one commit, among these folders and below them, with the time of their newest file COMMIT.json.
+    """Folders of runs with at least one commit, among these folders and below them, with the time of their newest one.
 
     Raises:
         ArtefactError: below one of the folders there is none.
@@ -71,17 +71,14 @@ def _runs_below(root: str) -> Iterator[tuple[str, float]]:
         if separator and rest.count("/") == 1:
             newest[run] = path  # in order of name, which is that of the steps
     for run, path in newest.items():
-        if not _is_of_tokenizer(path.rpartition("/")[0]):
-            yield run, storage.modified_time(path)
-
-
-def _is_of_tokenizer(folder: str) -> bool:
-    """Whether a checkpoint is one of the training of a tokenizer, which has commits too. A damaged one is said to be none, so that
-    its evaluation fails by name."""
-    try:
-        return "transformer" not in checkpoints.open_commit(folder).content
-    except ArtefactError:
-        return False
+        try:
+            content = checkpoints.open_commit(path.rpartition("/")[0]).content
+        except ArtefactError:
+            yield run, 0.0  # damaged: its evaluation fails by name
+        else:
+            # The training of a tokenizer has commits too, but no transformer in them.
+            if "transformer" in content:
+                yield run, content["created_at"]
 
 
 def find_candidates(options: EvaluateOptions, roots: Sequence[str], best: bool) -> list[Candidate]:

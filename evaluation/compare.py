@@ -171,10 +171,11 @@ def threshold_among(num_earlier: int, threshold: float) -> float:
 
 def _regressions_of(record: Record, series: Sequence[Record], threshold: float) -> list[Regression]:
     earlier = [other for other in series if other.step < record.step]
+    limit = threshold_among(len(earlier), threshold) if earlier else threshold
     worst: dict[str, Regression] = {}
     for best in earlier:
         for found in compare(best, record):
-            if found.worse_by is None or found.worse_by <= threshold_among(len(earlier), threshold):
+            if found.worse_by is None or found.worse_by <= limit:
                 continue
             known = worst.get(found.metric)
             if known is None or direction(found.metric) * (found.before - known.difference.before) < 0:

@@ -126,10 +126,11 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
     evaluation_path = options.evaluation.path
     preparation = prepare(options)
     identifier, path = record_id(preparation.identity), preparation.description["checkpoint"]
-    expected = _expected_seconds(evaluation_path, options.evaluation.num_samples)
     if (record := find_record(evaluation_path, identifier)) is not None:
         night.present[path] = record.path
-    elif expected > (settings.time_budget_seconds or float("inf")):
+        return
+    expected = _expected_seconds(evaluation_path, options.evaluation.num_samples)
+    if expected > (settings.time_budget_seconds or float("inf")):
         raise TesseraError(
             f"nightly.time_budget_seconds is {settings.time_budget_seconds:g}, but the last evaluation of as many samples took "
             f"{expected:.0f}, so no night has room for one. Raise it, or lower evaluation.num_samples."

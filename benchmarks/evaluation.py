@@ -35,7 +35,7 @@ from evaluation.reference import choose_images
 from evaluation.set_metric import HOLDOUT, ReferenceSet
 from evaluation.statistics import GaussianStatistics
 from pipeline.sources import SOURCES, open_source
-from stages.options import EvaluationOptions, ImageOptions, SourceOptions
+from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 DRAW = 2000
 BLURS, QUALITIES, NOISES = (0.0, 0.5, 1.0, 2.0), (100, 50, 20, 5), (0.0, 8.0, 24.0, 64.0)
@@ -155,7 +155,7 @@ def read_images(source: str, split: str, num_images: int) -> np.ndarray:
     )
     opened = open_source(found, images)
     uris = choose_images(opened.list_images(split), num_images)["uri"].to_pylist()
-    views = (read_view(opened, uri, images) for uri in uris)
+    views = (read_view(opened, uri, images, TokenizerOptions()) for uri in uris)
     return np.stack([view for view in views if view is not None])
 
 

@@ -75,8 +75,8 @@ def main() -> None:
             evaluation = dataclasses.replace(options.evaluation, path=folder, num_sampler_actors=1, num_feature_actors=1)
             assignment = prepare(dataclasses.replace(options, evaluation=evaluation)).assignment
             a = assignment
-            sampler = SamplerActor(a.checkpoint_path, a.tokenizer_path, a.sampling)
-            extractor = FeatureActor(a.source, a.images, a.evaluation, a.plan, a.tokenizer_path)
+            sampler = SamplerActor(a.checkpoint_path, a.tokenizer.path, a.sampling)
+            extractor = FeatureActor(a.source, a.images, a.evaluation, a.plan, a.tokenizer)
             found = parts(assignment, sampler, extractor)
             begin = time.perf_counter()
             measurement = measure(assignment)

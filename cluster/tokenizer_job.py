@@ -14,6 +14,7 @@ from cluster.tokenizer_options import TokenizerJobOptions, check_training, num_s
 from cluster.worker_group import check_workers_fit, run_to_the_end
 from pipeline import storage
 from pipeline.image_order import list_hash
+from pipeline.inputs import check_maps
 from pipeline.perceptual import load_lpips
 from pipeline.tokenizers import store_tokenizer, tokenizer_fingerprint
 from stages.config import to_yaml
@@ -84,8 +85,10 @@ def _inputs(options: TokenizerJobOptions) -> TrainingInputs:
 
 def _train(options: TokenizerJobOptions, inputs: TrainingInputs, run_path: str, total: int) -> checkpoints.Commit:
     check_workers_fit(options.scaling, needs_data_cpu=True)
-    # One image here, so that options that do not fit the source are an error before any worker starts.
-    image_reader(options, inputs).read_step(0, slice(0, 1), (), ray.get(inputs.table))
+    # Some images here, so that options that do not fit the source are an error before any worker starts.
+    reader, table = image_reader(options, inputs), ray.get(inputs.table)
+    check_maps(reader.source, table["uri"].to_pylist(), options.tokenizer)
+    reader.read_step(0, slice(0, 1), (), table)
     storage.check_conditional_put(run_path)
     storage.replace(storage.join(run_path, "config.yaml"), to_yaml(options).encode())
     logger.info("Training a tokenizer on %d images of %s", inputs.num_images, options.source.name)

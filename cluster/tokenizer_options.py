@@ -34,7 +34,16 @@ FREE = {
         "spike_threshold",
     },
     "run": {"path"},
-    "source": {"holdout_fraction", "holdout_path", "num_holdout_images", "path", "split"},
+    "source": {
+        "holdout_fraction",
+        "holdout_maps",
+        "holdout_path",
+        "label_maps",
+        "num_holdout_images",
+        "number_maps",
+        "path",
+        "split",
+    },
     "images": {"views"},
     "tokenizer": {"path"},
 }

@@ -30,7 +30,7 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates
 from evaluation.tally import HoldoutTally, Item, SampleTally
 from pipeline.sources import Source
-from stages.options import EvaluationOptions, ImageOptions, SamplingOptions
+from stages.options import EvaluationOptions, ImageOptions, SamplingOptions, TokenizerOptions
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,6 +39,7 @@ class Assignment:
 
     Attributes:
         checkpoint_path: whose samples are drawn; None to measure the tokenizer alone.
+        tokenizer: where it is, and what of the images it reconstructs.
         plan: the metrics, and `widths` of the features they need.
         references: of features whose statistics a file of the user gives; of others there is a key in `reference_keys`,
             under which they are kept or made from the training images `reference_uris`.
@@ -50,7 +51,7 @@ class Assignment:
     """
 
     checkpoint_path: str | None
-    tokenizer_path: str
+    tokenizer: TokenizerOptions
     sampling: SamplingOptions
     images: ImageOptions
     evaluation: EvaluationOptions
@@ -111,13 +112,13 @@ class EvaluationActor:
         a = assignment
         self.features = ActorPool(
             "feature",
-            lambda: feature_class.remote(a.source, a.images, options, a.plan, a.tokenizer_path),
+            lambda: feature_class.remote(a.source, a.images, options, a.plan, a.tokenizer),
             options.num_feature_actors,
         )
         self.samplers = ActorPool(
             "sampler",
             lambda: sampler_class.remote(
-                a.checkpoint_path, a.tokenizer_path, a.sampling, conditions_path=a.conditions_path
+                a.checkpoint_path, a.tokenizer.path, a.sampling, conditions_path=a.conditions_path
             ),
             options.num_sampler_actors,
         )

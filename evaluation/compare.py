@@ -30,7 +30,7 @@ SUBJECT = frozenset(
 )
 DISTANCES = ("fd", "fid", "sfid", "kd", "kid", "cmmd")  # with g in front of samples, r of reconstructions
 LOWER_IS_BETTER = {*(prefix + name for name in DISTANCES for prefix in ("", "g", "r")), "validation_nll", "lpips"}
-HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim"}
+HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "pixel_accuracy", "mean_iou"}
 
 
 @dataclass(frozen=True, kw_only=True)

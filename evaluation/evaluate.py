@@ -138,8 +138,10 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     if options.evaluation.reference_path is not None:  # where the file is now
         evaluation["reference_path"] = options.evaluation.reference_path
     checkpoint = content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint
+    tokenized = {name: content[name] for name in ("input", "num_labels") if name in content}
     return dataclasses.replace(
         options,
+        tokenizer=dataclasses.replace(options.tokenizer, **tokenized),
         sampling=build(SamplingOptions, {**content["sampling"], **kept}, "sampling."),
         evaluation=build(EvaluationOptions, evaluation, "evaluation."),
         checkpoint=checkpoint if content["subject"] == CHECKPOINT else None,

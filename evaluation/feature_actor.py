@@ -10,6 +10,7 @@ import torch
 
 from evaluation.batches import padded_batches
 from evaluation.extractors import open_extractor
+from evaluation.label_metrics import overlaps
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.self_test import damaged
@@ -17,14 +18,16 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import Features
 from evaluation.tally import RealImages
 from pipeline.encoding import prepare_tokenizer, use_parity_mode
+from pipeline.grids import label_colors
+from pipeline.inputs import input_channels, render_views
 from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
-from pipeline.views import apply_view
+from pipeline.views import crop_of
 from stages.errors import BadImage, TesseraError
-from stages.first_stage.pixels import to_float, to_uint8
+from stages.first_stage.pixels import from_output, to_input
 from stages.memory import keep_freed_memory
-from stages.options import EvaluationOptions, ImageOptions
+from stages.options import EvaluationOptions, ImageOptions, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class FeatureActor:
         images: what is done to them before anything sees them.
         evaluation: how extractors are opened.
         plan: which of their outputs are needed.
-        tokenizer_path: the tokenizer that reconstructs; None where nothing is reconstructed.
+        tokenizer: the tokenizer that reconstructs, and what of the images; None where nothing is reconstructed.
         num_threads: torch threads.
     """
 
@@ -50,19 +53,20 @@ class FeatureActor:
         images: ImageOptions,
         evaluation: EvaluationOptions,
         plan: MetricPlan,
-        tokenizer_path: str | None,
+        tokenizer: TokenizerOptions | None,
         num_threads: int = 1,
     ):
         keep_freed_memory()
         torch.set_num_threads(num_threads)
         self.source = source
         self.images = images
+        self.options = tokenizer or TokenizerOptions()
         self.plan = plan
         self.extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
         self.pixel_metrics = {name: PIXEL_METRICS[name](evaluation) for name in plan.pixels}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         use_parity_mode()  # for the extractors too
-        self.tokenizer = prepare_tokenizer(open_tokenizer(tokenizer_path), self.device) if tokenizer_path else None
+        self.tokenizer = prepare_tokenizer(open_tokenizer(tokenizer.path), self.device) if tokenizer else None
 
     def of_images(self, images: np.ndarray, tiles: Sequence[int]) -> tuple[Features, dict[int, np.ndarray]]:
         """Features of samples uint8 (n, H, W, C), and the images at the positions `tiles`."""
@@ -80,17 +84,19 @@ class FeatureActor:
     def of_holdout(
         self, uris: Sequence[str], labels: np.ndarray, tiles: Sequence[int]
     ) -> tuple[RealImages, np.ndarray, np.ndarray]:
-        """Real images and their reconstructions; apart from them, codes int64 (n, L) and the labels of usable ones: classes int64
-        (n,), or codes of a condition int64 (n, P)."""
+        """Real images, or maps of them, and their reconstructions; apart from them, codes int64 (n, L) and the labels of usable ones:
+        classes int64 (n,), or codes of a condition int64 (n, P)."""
         images, is_usable = self._read(uris)
         codes, reconstructions = self._reconstruct(images)
-        places = np.cumsum(is_usable) - 1
+        places, num_labels = np.cumsum(is_usable) - 1, self.options.num_labels
+        pairs = {p: np.stack([images[places[p]], reconstructions[places[p]]]) for p in tiles if is_usable[p]}
         item = RealImages(
             is_usable=is_usable,
             features=self._features(images, self.plan.features_of(HOLDOUT)),
             reconstruction_features=self._features(reconstructions, self.plan.features_of(RECONSTRUCTIONS)),
             pixels={name: metric(images, reconstructions) for name, metric in self.pixel_metrics.items()},
-            tiles={p: np.stack([images[places[p]], reconstructions[places[p]]]) for p in tiles if is_usable[p]},
+            tiles={p: pair if num_labels is None else label_colors(pair) for p, pair in pairs.items()},
+            overlaps=overlaps(images, reconstructions, num_labels) if self.plan.has_mean_iou and num_labels else None,
         )
         return item, codes, labels[is_usable]
 
@@ -108,9 +114,9 @@ class FeatureActor:
         return found
 
     def _read(self, uris: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 (n, H, W, C) that can be used, and which can, bool (m,)."""
-        views = [read_view(self.source, uri, self.images) for uri in uris]
-        shape = (self.images.size, self.images.size, self.images.channels)
+        """Images uint8 (n, H, W, C) that can be used, or maps of them, and which can, bool (m,)."""
+        views = [read_view(self.source, uri, self.images, self.options) for uri in uris]
+        shape = (self.images.size, self.images.size, input_channels(self.images, self.options))
         usable = [view for view in views if view is not None]
         return np.stack(usable) if usable else np.empty((0, *shape), np.uint8), np.array(
             [view is not None for view in views]
@@ -122,21 +128,23 @@ class FeatureActor:
         grid = self.tokenizer.grid(self.images.size)
         codes, reconstructions = [np.empty((0, grid[0] * grid[1]), np.int64)], [images[:0]]
         for n, (batch,) in padded_batches(images):
-            codes_BL = self.tokenizer.encode(to_float(torch.from_numpy(batch)).to(self.device))
-            pixels = self.tokenizer.decode(codes_BL.view(-1, *grid))
+            codes_BL = self.tokenizer.encode(to_input(torch.from_numpy(batch).to(self.device), self.options.num_labels))
+            outputs = self.tokenizer.decode(codes_BL.view(-1, *grid))
             codes.append(codes_BL[:n].cpu().numpy())
-            reconstructions.append(to_uint8(pixels)[:n].cpu().numpy())
+            reconstructions.append(from_output(outputs, self.options.num_labels)[:n].cpu().numpy())
         return np.concatenate(codes), np.concatenate(reconstructions)
 
 
-def read_view(source: Source, uri: str, images: ImageOptions) -> np.ndarray | None:
-    """The central view of one image, uint8 (size, size, C); None when its content cannot be used, which is logged.
+def read_view(source: Source, uri: str, images: ImageOptions, tokenizer: TokenizerOptions) -> np.ndarray | None:
+    """The central view of what is tokenized of one image, uint8 (size, size, C); None when it cannot be used, which is logged.
 
     Raises:
         TesseraError: the storage failed several times.
     """
     try:
-        return apply_view(source.decode(fetch(source, uri)).image, VIEW, images)
+        example = source.decode(fetch(source, uri))
+        crop = crop_of(VIEW, 0, *example.image.shape[:2])
+        return render_views(example, [crop], images, tokenizer, uri)[0]
     except BadImage as error:
         logger.warning("%s cannot be used and is left out: %s", uri, error)
         return None

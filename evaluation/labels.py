@@ -20,6 +20,8 @@ IMAGES = {"g": "samples", "r": "reconstructions", "": "held-out images"}
 LABELS = {
     "psnr": "PSNR of reconstructions, dB",
     "ssim": "SSIM of reconstructions",
+    "pixel_accuracy": "Share of pixels with the right label",
+    "mean_iou": "Mean IoU of labels",
     "nearest_training_distance": "Distance of samples to the nearest training image",
     "nearest_training_distance_holdout": "Distance of held-out images to the nearest training image",
     "copied_share": "Share of samples nearer to training images than held-out images are",

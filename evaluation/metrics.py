@@ -16,8 +16,9 @@ from evaluation.kernel_metrics import ClipMeanDiscrepancy, KernelDistance
 from evaluation.neighbour_metrics import DensityCoverage, NearestTraining, PrecisionRecall
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES, SetMetric
+from pipeline.inputs import IMAGE
 from stages.errors import ConfigError
-from stages.options import EvaluationOptions
+from stages.options import EvaluationOptions, TokenizerOptions
 
 # An extractor, and which of its outputs.
 FeatureKey = tuple[str, str]
@@ -53,11 +54,14 @@ SET_METRICS: dict[str, SetMetricKind] = {
     "density_coverage": SetMetricKind(DensityCoverage),
     "memorisation": SetMetricKind(NearestTraining),
 }
+# What of these is measured on reconstructed maps, and on nothing else.
+LABEL_METRICS = ("pixel_accuracy", "mean_iou")
+METRICS_OF_LABELS, METRICS_OF_NUMBERS = (*LABEL_METRICS, "codebook"), ("psnr", "ssim", "codebook")
 CODE_METRICS = {
     "codebook": "share of the codebook that held-out images use, and the perplexity of that use",
     "likelihood": "negative log-likelihood of held-out images, in nats per code and bits per image",
 }
-METRICS = (*SET_METRICS, *PIXEL_METRICS, *CODE_METRICS)
+METRICS = (*SET_METRICS, *PIXEL_METRICS, "mean_iou", *CODE_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +101,13 @@ class MetricPlan:
     Attributes:
         sets: metrics of sets of images.
         pixels: names of metrics of reconstructions, per image.
-        has_codebook, has_likelihood: whether these are measured.
+        has_mean_iou, has_codebook, has_likelihood: whether these are measured.
         has_code_matches: whether codes of samples are compared with those of the training data.
     """
 
     sets: tuple[PlannedSetMetric, ...]
     pixels: tuple[str, ...]
+    has_mean_iou: bool
     has_codebook: bool
     has_likelihood: bool
     has_code_matches: bool
@@ -132,8 +137,9 @@ class MetricPlan:
 
     def names(self) -> list[str]:
         """What is measured, in words that belong to a record's identity."""
-        codes = [name for name, wanted in zip(CODE_METRICS, (self.has_codebook, self.has_likelihood)) if wanted]
-        return sorted([*(metric.name + metric.suffix for metric in self.sets), *self.pixels, *codes])
+        others = {"mean_iou": self.has_mean_iou, "codebook": self.has_codebook, "likelihood": self.has_likelihood}
+        names = [metric.name + metric.suffix for metric in self.sets]
+        return sorted([*names, *self.pixels, *(name for name, is_wanted in others.items() if is_wanted)])
 
 
 def plan_metrics(options: EvaluationOptions, sets: Sequence[str] = (SAMPLES, RECONSTRUCTIONS, HOLDOUT)) -> MetricPlan:
@@ -164,10 +170,31 @@ def plan_metrics(options: EvaluationOptions, sets: Sequence[str] = (SAMPLES, REC
     return MetricPlan(
         sets=tuple(metric for metric in planned if set(metric.kind.cls.measures) & set(sets)),
         pixels=tuple(name for name in PIXEL_METRICS if name in options.metrics),
+        has_mean_iou="mean_iou" in options.metrics,
         has_codebook="codebook" in options.metrics,
         has_likelihood="likelihood" in options.metrics and SAMPLES in sets,
         has_code_matches=any(metric.kind.cls is NearestTraining for metric in planned) and SAMPLES in sets,
     )
+
+
+def check_metrics_fit(options: EvaluationOptions, tokenizer: TokenizerOptions) -> None:
+    """Refuses metrics that say nothing of what a tokenizer reconstructs.
+
+    Raises:
+        ConfigError: naming those that do.
+    """
+    if tokenizer.input == IMAGE:
+        what, fitting = "images", tuple(name for name in METRICS if name not in LABEL_METRICS)
+    elif tokenizer.num_labels is not None:
+        what, fitting = "maps of labels", METRICS_OF_LABELS
+    else:
+        what, fitting = "maps of numbers", METRICS_OF_NUMBERS
+    for written in options.metrics:
+        if written.partition("@")[0] not in fitting:
+            raise ConfigError(
+                f"evaluation.metrics names {written}, but tokenizer.input is {tokenizer.input}, and reconstructions of {what} are measured "
+                f"by {', '.join(fitting)}. Name some of these."
+            )
 
 
 def _plan(key: str, extractor: str, written: str, options: EvaluationOptions) -> PlannedSetMetric:

@@ -7,6 +7,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from evaluation.batches import padded_batches
+from evaluation.label_metrics import pixel_accuracy
 from evaluation.weights import PretrainedFile, load_pretrained, weights_fingerprint
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.lpips import Lpips
@@ -82,4 +83,5 @@ PIXEL_METRICS: dict[str, Callable[[EvaluationOptions], PixelMetric]] = {
     "psnr": lambda options: psnr,
     "ssim": lambda options: ssim,
     "lpips": LpipsDistance,
+    "pixel_accuracy": lambda options: pixel_accuracy,
 }

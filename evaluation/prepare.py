@@ -17,7 +17,7 @@ from evaluation.extractors import Extractor, distance_name, open_extractor, outp
 from evaluation.feature_actor import VIEW
 from evaluation.gaussian_metric import FrechetDistance
 from evaluation.hashing import canonical_hash
-from evaluation.metrics import MetricPlan, plan_metrics
+from evaluation.metrics import MetricPlan, check_metrics_fit, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.reference import choose_images, images_identity
 from evaluation.reference_job import PreparedReferences, ReferenceOptions, prepare_references
@@ -25,7 +25,7 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import find_images
-from pipeline.inputs import IMAGE, check_fit
+from pipeline.inputs import IMAGE, check_fit, check_maps
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import to_dict
@@ -108,6 +108,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
     holdout = _choose_holdout(source, evaluation.num_samples)
+    check_maps(source, holdout["uri"].to_pylist(), options.tokenizer)
     holdout_conditions: np.ndarray | None = None
     if conditions is not None and plan.has_likelihood:
         holdout_conditions = _holdout_conditions(conditions, holdout)
@@ -118,7 +119,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
     references = prepare_references(deciding, source, plan, extractors)
     assignment = Assignment(
         checkpoint_path=commit.path if commit is not None else None,
-        tokenizer_path=options.tokenizer.path,
+        tokenizer=options.tokenizer,
         sampling=sampling,
         images=images,
         evaluation=evaluation,
@@ -152,11 +153,12 @@ def prepare(options: EvaluateOptions) -> Preparation:
 
 
 def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
-    if options.tokenizer.input != IMAGE:
+    if options.tokenizer.input != IMAGE and options.checkpoint is not None:
         raise ConfigError(
-            f"tokenizer.input is {options.tokenizer.input}, but evaluate measures tokenizers of images. See what the codes of this one "
-            f"hold by tokenize and inspect."
+            f"tokenizer.input is {options.tokenizer.input}, but samples are measured as images. Name the tokenizer of the images, or "
+            f"measure this one alone by evaluate --tokenizer."
         )
+    check_metrics_fit(options.evaluation, options.tokenizer)
     check_fit(tokenizer, options.images, options.tokenizer)
 
 
@@ -232,6 +234,7 @@ def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "sampling": {},
         "seed": 0,
+        **({} if options.tokenizer.input == IMAGE else {"input": options.tokenizer.input, "num_labels": options.tokenizer.num_labels}),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluation.estimates import Estimate, leave_one_out, mean_estimate, perplexity, usage
 from evaluation.grids import grid_positions, pairs_png, tiles_png
+from evaluation.label_metrics import mean_iou
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.reference import StoredReference
 from evaluation.set_tally import Features, SetTally
@@ -27,6 +28,7 @@ class RealImages:
         features: float32 (n, d) by key.
         reconstruction_features: the same of the tokenizer's reconstructions.
         pixels: float64 (n,) by name of the metric, of the reconstructions.
+        overlaps: int64 (n, num_labels, 2) of maps of labels, see `evaluation.label_metrics`; None where that is not measured.
         tiles: by position in the item, for those asked for: image and reconstruction, uint8 (2, H, W, C).
     """
 
@@ -35,6 +37,7 @@ class RealImages:
     reconstruction_features: Features
     pixels: Mapping[str, np.ndarray]
     tiles: dict[int, np.ndarray]
+    overlaps: np.ndarray | None = None
 
 
 class _Grid:
@@ -154,6 +157,7 @@ class HoldoutTally:
         self._counts = np.zeros((real.num_blocks, codebook_size), np.int64)
         self._pixels: dict[str, list[np.ndarray]] = {name: [] for name in plan.pixels}
         self._nll: list[np.ndarray] = []
+        self._overlaps: np.ndarray | int = 0
         self._plan = plan
         self._num_images = len(labels)
         self.real = real
@@ -170,7 +174,10 @@ class HoldoutTally:
         indices = np.arange(*item)[images.is_usable]
         self.real.add(indices, images.features, codes)
         self.reconstructed.add(indices, images.reconstruction_features)
-        np.add.at(self._counts, (self.real.blocks[indices][:, None], codes), 1)
+        blocks = self.real.blocks[indices]
+        np.add.at(self._counts, (blocks[:, None], codes), 1)
+        if images.overlaps is not None:
+            self._overlaps += np.stack([images.overlaps[blocks == block].sum(axis=0) for block in range(self.real.num_blocks)])
         for name, values in images.pixels.items():
             self._pixels[name].append(values)
         if nll is not None:
@@ -190,11 +197,13 @@ class HoldoutTally:
     def estimates(self, num_codes: int) -> dict[str, Estimate]:
         """Metrics that need no features.
 
-        psnr in dB; codebook_usage as a share in [0, 1]; codebook_perplexity in codes; validation_nll in nats per code;
-        validation_bits_per_image in bits.
+        psnr in dB; pixel_accuracy, mean_iou and codebook_usage in [0, 1]; codebook_perplexity in codes; validation_nll in nats per
+        code; validation_bits_per_image in bits.
         """
         found = {name: mean_estimate(np.concatenate(values)) for name, values in self._pixels.items()}
         num_usable = self._num_images - self.num_unusable
+        if self._plan.has_mean_iou:
+            found["mean_iou"] = leave_one_out(mean_iou, np.asarray(self._overlaps), num_usable)
         if self._plan.has_codebook:
             found["codebook_usage"] = Estimate(usage(self._counts.sum(axis=0)), num_usable)
             found["codebook_perplexity"] = leave_one_out(perplexity, self._counts, num_usable)

@@ -5,6 +5,18 @@ import io
 import numpy as np
 from PIL import Image
 
+GOLDEN_ANGLE = 137.508  # degrees
+
+
+def label_colors(ids: np.ndarray) -> np.ndarray:
+    """Ids uint8 (…, 1) as colours uint8 (…, 3): neighbouring ids far apart in hue, 0 dark."""
+    numbers = np.arange(256)
+    hue, value = numbers * GOLDEN_ANGLE % 360, 1 - 0.25 * (numbers // 8 % 3)
+    channels = [np.clip(np.abs((hue + shift) / 60 % 6 - 3) - 1, 0, 1) for shift in (0, 240, 120)]
+    palette = np.stack([255 * value * (0.35 + 0.65 * channel) for channel in channels], axis=-1).astype(np.uint8)
+    palette[0] = 40
+    return palette[ids[..., 0]]
+
 
 def default_columns(num_images: int) -> int:
     """Columns of a grid that is about square."""

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +14,9 @@ from stages.errors import BadImage
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What decoders raise on damaged data.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error)
+NPY_MAGIC = b"\x93NUMPY"
+# Whole numbers that stand for [0, 1], and which of them stands for 1.
+HIGHEST = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 ORIENTATION = 0x0112  # EXIF tag: how the camera was held
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,6 +38,54 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         BadImage: empty, not-an-image, truncated, decompression-bomb (more than 89 million pixels) or undecodable.
     """
+    pixels = _decode(data, lambda image: np.asarray(_to_grey_or_rgb(image)))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def decode_label_map(data: bytes) -> np.ndarray:
+    """Encoded ids to integers (H, W): the values of a grey image, the indices of one with a palette, or an array as .npy.
+
+    Raises:
+        BadImage: as `decode_image`, or unfit-map (colours, or numbers that are not whole).
+    """
+    values = _decode_array(data) if data.startswith(NPY_MAGIC) else _decode(data, _map_values)
+    if values.dtype.kind not in "iub":
+        raise BadImage("unfit-map", f"a map of labels holds whole numbers, but this one holds {values.dtype}")
+    return values.astype(np.int64)
+
+
+def decode_number_map(data: bytes) -> np.ndarray:
+    """Encoded numbers to float32 (H, W): whole numbers of 8 or 16 bits are scaled to [0, 1], others stay as they are.
+
+    Raises:
+        BadImage: as `decode_image`, or unfit-map (colours, or whole numbers of other widths).
+    """
+    values = _decode_array(data) if data.startswith(NPY_MAGIC) else _decode(data, _map_values)
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    if values.dtype not in HIGHEST:
+        raise BadImage("unfit-map", f"a map of numbers holds floats or 8 or 16 bits, but this one holds {values.dtype}")
+    return (values / HIGHEST[values.dtype]).astype(np.float32)
+
+
+def _map_values(image: Image.Image) -> np.ndarray:
+    if image.mode not in ("1", "L", "P", "I", "F") and not image.mode.startswith("I;16"):
+        raise BadImage("unfit-map", f"a map has one channel, but this image is {image.mode}")
+    return np.asarray(image)
+
+
+def _decode_array(data: bytes) -> np.ndarray:
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except DECODER_ERRORS as error:
+        raise BadImage("undecodable", str(error)) from error
+    if values.ndim != 2:
+        raise BadImage("unfit-map", f"a map is of shape (height, width), but this array is of {values.shape}")
+    return values
+
+
+def _decode(data: bytes, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """What `convert` makes of the upright image."""
     if not data:
         raise BadImage("empty", "the file has no bytes")
     try:
@@ -42,7 +94,7 @@ def decode_image(data: bytes) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            image = _to_grey_or_rgb(_upright(image))
+            return convert(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage("decompression-bomb", str(error)) from error
     except UnidentifiedImageError as error:
@@ -50,8 +102,6 @@ def decode_image(data: bytes) -> np.ndarray:
     except DECODER_ERRORS as error:
         kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "undecodable"
         raise BadImage(kind, str(error)) from error
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,14 +1,17 @@
 """What a tokenizer sees of an example: its image, or one of its condition maps at the same resolution."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from pipeline.sources import Example
+from pipeline.sources import Example, Source
+from pipeline.sources.contract import IMAGE
 from pipeline.views import Crop, preprocessing_spec, render, render_map
-from stages.errors import ConfigError
+from stages.errors import BadImage, ConfigError
 from stages.first_stage.tokenizer import Tokenizer, num_channels
 from stages.options import ImageOptions, TokenizerOptions
 
-IMAGE = "image"
+NUM_TRIED = 100  # images that are tried for one that can be decoded
 
 
 def render_input(
@@ -24,14 +27,13 @@ def render_input(
         uri: of the image, for messages.
 
     Raises:
-        ConfigError: the example has no such map, or the map is not of the kind that `tokenizer.num_labels` says.
+        BadImage: the example has no such map (no-condition).
+        ConfigError: the map is not of the kind that `tokenizer.num_labels` says.
     """
     name = tokenizer.input
     if name == IMAGE:
         return render(example.image, crop, images)
-    if name not in example.conditions:
-        known = ", ".join([IMAGE, *example.conditions])
-        raise ConfigError(f"tokenizer.input is {name}, but images of this source have {known}. Choose one of these.")
+    check_has(example, [name])
     values = example.conditions[name]
     if values.shape != example.image.shape[:2]:
         raise ConfigError(
@@ -40,6 +42,65 @@ def render_input(
         )
     check_map(values, tokenizer, uri)
     return render_map(values, crop, (images.size, images.size))[..., None]
+
+
+def render_views(
+    example: Example, crops: Sequence[Crop], images: ImageOptions, tokenizer: TokenizerOptions, uri: str
+) -> np.ndarray:
+    """`render_input` of several crops, uint8 (V, size, size, C), of an image of a source that `check_maps` has passed.
+
+    Raises:
+        BadImage: this image has no such map, or one that does not fit (no-condition, unfit-map).
+    """
+    try:
+        return np.stack([render_input(example, crop, images, tokenizer, uri) for crop in crops])
+    except ConfigError as error:  # the options were checked on another image, so it is this one that is different
+        raise BadImage("unfit-map", str(error)) from error
+
+
+def check_has(example: Example, names: Sequence[str]) -> None:
+    """Raises BadImage (no-condition) when one of these maps is missing."""
+    for name in names:
+        if name not in example.conditions:
+            raise BadImage("no-condition", f"the image has no {name}")
+
+
+def check_maps(source: Source, uris: Sequence[str], tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> None:
+    """Refuses condition maps that a source does not have, and one to tokenize that is of another kind than the tokenizer takes.
+
+    The first image that can be decoded and has all of them tells.
+
+    Args:
+        source: of the images.
+        uris: of all images.
+        tokenizer: what is tokenized.
+        stored: names of further maps, `codes.conditions`.
+
+    Raises:
+        ConfigError: naming what there is.
+    """
+    is_image = tokenizer.input == IMAGE
+    wanted = [*stored] if is_image else [*stored, tokenizer.input]
+    if not wanted:
+        return
+    maps: list[str] = []
+    for uri in uris[:NUM_TRIED]:
+        try:
+            example = source.decode(source.fetch(uri))
+        except (BadImage, FileNotFoundError):
+            continue
+        found = [name for name, values in example.conditions.items() if values.shape == example.image.shape[:2]]
+        maps = list(dict.fromkeys([*maps, *found]))
+        if set(wanted) <= set(found):
+            if not is_image:
+                check_map(example.conditions[tokenizer.input], tokenizer, uri)
+            return
+    for name in wanted:
+        if name not in maps:
+            given = f"codes.conditions is {list(stored)}" if name in stored else f"tokenizer.input is {name}"
+            raise ConfigError(
+                f"{given}, but {name} is no map of this source's images, which have: {', '.join(maps) or 'none'}. Choose from these."
+            )
 
 
 def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None:

@@ -18,7 +18,9 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
     """
 
     def resolve(section: Any) -> Any:
-        return dataclasses.replace(section, **{name: absolute(path) for name, path in section_paths(section).items()})
+        paths = {name: absolute(path) for name, path in section_paths(section).items()}
+        entries = {name: tuple(map(_absolute_entry, getattr(section, name))) for name in NAMED_PATHS if hasattr(section, name)}
+        return dataclasses.replace(section, **paths, **entries)
 
     options = select_sections(
         cls,
@@ -43,6 +45,13 @@ PATHS = (
     "perceptual_vgg",
     "perceptual_heads",
 )
+
+NAMED_PATHS = ("label_maps", "number_maps", "holdout_maps")  # lists of NAME=PATH
+
+
+def _absolute_entry(entry: str) -> str:
+    name, _, path = entry.partition("=")
+    return f"{name}={absolute(path)}" if path else entry
 
 
 def section_paths(section: Any) -> dict[str, str]:

@@ -16,12 +16,12 @@ import torch
 from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
 from pipeline.encoding import encode_views, machine, prepare_tokenizer
-from pipeline.inputs import IMAGE, input_channels, render_input
+from pipeline.inputs import check_has, input_channels, render_views
 from pipeline.probe import check_probe
 from pipeline.sources import Example, Source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import Crop, crop_of, render_map
-from stages.errors import ArtefactError, BadImage, ConfigError
+from stages.errors import ArtefactError, BadImage
 from stages.memory import keep_freed_memory
 from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
@@ -92,33 +92,15 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         stage = "decode"
         example = job.source.decode(data)
         crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.views]
-        _check_maps(example, maps_of(job.tokenizer, job.row_format.conditions))
+        check_has(example, job.row_format.conditions)
         conditions = {name: _maps(example, name, crops, job.grid) for name in job.row_format.conditions}
-        pixels = _pixels(example, crops, job, row["uri"])
+        pixels = render_views(example, crops, job.images, job.tokenizer, row["uri"])
     except BadImage as error:
         digest = hashlib.sha256(data).hexdigest()
         return {**row, "stage": stage, "kind": error.kind, "message": error.message, "sha256": digest}
     boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
     digest = hashlib.sha256(data).hexdigest()
     return {**row, "sha256": digest, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
-
-
-def maps_of(tokenizer: TokenizerOptions, conditions: tuple[str, ...]) -> tuple[str, ...]:
-    """Condition maps that every image must have: those that are stored, and the one that is tokenized."""
-    return conditions if tokenizer.input == IMAGE else (*conditions, tokenizer.input)
-
-
-def _check_maps(example: Example, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in example.conditions:
-            raise BadImage("no-condition", f"the image has no {name}")
-
-
-def _pixels(example: Example, crops: Sequence[Crop], job: ShardJob, uri: str) -> np.ndarray:
-    try:
-        return np.stack([render_input(example, crop, job.images, job.tokenizer, uri) for crop in crops])
-    except ConfigError as error:  # the options were checked on another image, so it is this one that is different
-        raise BadImage("unfit-map", str(error)) from error
 
 
 def _maps(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> bytes:

@@ -6,7 +6,6 @@ changes nothing, so a killed job is run again and does only what is missing.
 
 import io
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +21,16 @@ from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
 from pipeline.encoding import numeric_mode, prepare_tokenizer
-from pipeline.inputs import IMAGE, check_fit, check_map, input_channels, input_spec
+from pipeline.inputs import check_fit, check_maps, input_channels, input_spec
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
 from pipeline.shard_jobs import encode_missing_shards, map_on_ray
-from pipeline.shard_tasks import ShardJob, maps_of
+from pipeline.shard_tasks import ShardJob
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import expand_views
 from stages.config import to_dict, to_yaml
-from stages.errors import ArtefactError, BadImage, ConfigError, TesseraError
+from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 3
 MAX_SHARD_BYTES = 2 << 30  # of one Arrow block in the object store
-NUM_TRIED = 100  # images that are tried for one that can be decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     views = check_images(tokenizer, options)
     source = open_source(options.source, options.images)
     listing = source.list_images(options.source.split)
-    check_maps(source, listing["uri"].to_pylist(), options)
+    check_maps(source, listing["uri"].to_pylist(), options.tokenizer, options.codes.conditions)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path
     storage.check_conditional_put(root)
@@ -158,36 +156,6 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
             f"{MAX_SHARD_BYTES >> 30} GiB that one task hands on. Use at most {max(1, MAX_SHARD_BYTES // image_bytes)}."
         )
     return views
-
-
-def check_maps(source: Source, uris: Sequence[str], options: TokenizeOptions) -> None:
-    """Refuses condition maps that the source does not have, and one to tokenize that is of another kind than the tokenizer takes.
-
-    Its first usable image tells.
-
-    Raises:
-        ConfigError: naming what there is.
-    """
-    wanted = maps_of(options.tokenizer, options.codes.conditions)
-    if not wanted:
-        return
-    for uri in uris[:NUM_TRIED]:
-        try:
-            example = source.decode(source.fetch(uri))
-        except (BadImage, FileNotFoundError):
-            continue
-        maps = [name for name, values in example.conditions.items() if values.shape == example.image.shape[:2]]
-        unknown = [name for name in wanted if name not in maps]
-        if unknown:
-            stored = options.codes.conditions
-            given = f"codes.conditions is {list(stored)}" if unknown[0] in stored else f"tokenizer.input is {unknown[0]}"
-            raise ConfigError(
-                f"{given}, but {unknown[0]} is no map of this source's images, which have: {', '.join(maps) or 'none'}. Choose from "
-                "these."
-            )
-        if options.tokenizer.input != IMAGE:
-            check_map(example.conditions[options.tokenizer.input], options.tokenizer, uri)
-        return
 
 
 def plan_identity(

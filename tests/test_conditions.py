@@ -1,6 +1,7 @@
 """From maps to images on real Ray: maps become codes, a transformer is trained on them, and samples are drawn and measured for them."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from cluster.sample_job import SampleJobOptions, sample
 from cluster.sampler_actor import SamplerActor
 from cluster.train_job import train
 from cluster.train_options import TrainJobOptions
-from evaluation.evaluate import EvaluateOptions, evaluate, prepare
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.feature_actor import read_view
 from evaluation.records import record_id
-from pipeline import tokenize_images
+from pipeline import inputs
 from pipeline.code_dataset import CodeDataset
 from pipeline.encoding import encode_views
 from pipeline.sources import open_source
@@ -25,6 +26,7 @@ from pipeline.views import crop_of, render_map
 from stages.config import select_sections
 from stages.errors import ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
+from stages.options import ImageOptions, SourceOptions
 
 NUM_LABELS = 32
 pytestmark = pytest.mark.ray
@@ -89,8 +91,55 @@ def test_labels_out_of_range_are_refused_or_quarantined(folder, tmp_path):
     with pytest.raises(ConfigError, match="tokenizer.num_labels is 2, but the segmentation of .* has the id"):
         tokenize(job)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TesseraError, match="images are unusable .unfit-map [0-9]+"):
-        patch.setattr(tokenize_images, "check_map", lambda *given: None)  # as if the first image were a better one
+        patch.setattr(inputs, "check_map", lambda *given: None)  # as if the first image were a better one
         tokenize(job)
+
+
+@pytest.mark.parametrize("name, num_labels", [("segmentation", NUM_LABELS), ("depth", None)])
+def test_tokenizers_of_maps_are_measured_by_what_maps_are(folder, tmp_path, name, num_labels):
+    of_maps = dataclasses.replace(TINY_TOKENIZER, in_channels=num_labels or 1)
+    store_tokenizer(Tokenizer(of_maps), f"{tmp_path}/tokenizer")
+    metrics = ["pixel_accuracy", "mean_iou", "codebook"] if num_labels else ["psnr", "ssim", "codebook"]
+    given = {"path": f"{tmp_path}/tokenizer", "input": name, "num_labels": num_labels}
+    sizes = {"num_samples": 24, "num_blocks": 4, "num_grid_images": 6}
+    config = config_of(folder, tokenizer=given, evaluation={"path": f"{tmp_path}/evaluation", "metrics": metrics, **sizes})
+    options = select_sections(EvaluateOptions, config, checkpoint=None)
+    record = evaluate(options)
+    assert set(record.metrics) == {*metrics[:2], "codebook_usage", "codebook_perplexity"}
+    real, reconstructions = (grid_pixels(f"{tmp_path}/evaluation/{record.grids[grid]}") for grid in ("real", "reconstructions"))
+    assert not np.array_equal(real, reconstructions)
+    if num_labels:
+        assert 0 < record.metrics["mean_iou"]["value"] < record.metrics["pixel_accuracy"]["value"] < 1
+        assert record.metrics["mean_iou"]["standard_error"] > 0
+        # Untrained, it gives few labels; the real maps have many, in colours.
+        assert len(np.unique(real.reshape(-1, 3), axis=0)) > 5
+    without_input = dataclasses.replace(options, tokenizer=dataclasses.replace(options.tokenizer, input="image", num_labels=None))
+    assert verify_record(record.path, without_input) == []
+
+
+def test_maps_in_files_are_tokenized_with_their_images(folder, tmp_path, caplog):
+    scenes = open_source(SourceOptions(num_images=12), ImageOptions(size=24))
+    for i, uri in enumerate(scenes.list_images("train")["uri"].to_pylist()):
+        example = scenes.decode(scenes.fetch(uri))
+        for name, pixels in (("images", example.image), ("labels", example.conditions["segmentation"])):
+            os.makedirs(f"{tmp_path}/{name}", exist_ok=True)
+            Image.fromarray(pixels).save(f"{tmp_path}/{name}/{i}.png")
+    os.remove(f"{tmp_path}/labels/3.png")
+    Image.fromarray(np.full((24, 24), NUM_LABELS, np.uint8)).save(f"{tmp_path}/labels/4.png")
+    job = job_on_maps(folder)
+    source = SourceOptions(name="image-folder", path=f"{tmp_path}/images", label_maps=(f"segmentation={tmp_path}/labels",))
+    job = dataclasses.replace(job, source=source)
+    codes = dataclasses.replace(job.codes, path=f"{tmp_path}/codes", conditions=("segmentation",), max_quarantined_fraction=0.2)
+    summary = tokenize(dataclasses.replace(job, codes=codes))
+    dataset = CodeDataset.open(summary.dataset, verify=True)
+    assert dataset.manifest["counts"]["n_quarantined"] == {"no-condition": 1, "unfit-map": 1}
+    assert "1 of 12 images have no segmentation" in caplog.text
+    assert dataset.num_rows == 10 * dataset.num_views and len(np.unique(dataset.codes(np.arange(dataset.num_rows)))) > 3
+
+
+def grid_pixels(path: str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder, caplog):
@@ -119,7 +168,7 @@ def likelihood_of(config, checkpoint, conditions):
     actor = SamplerActor(checkpoint, config.tokenizer.path, config.sampling, conditions_path=conditions.path)
     source = open_source(config.source, config.images)
     rows = source.list_images("holdout").to_pylist()
-    images = np.stack([read_view(source, row["uri"], config.images) for row in rows])
+    images = np.stack([read_view(source, row["uri"], config.images, config.tokenizer) for row in rows])
     codes = encode_views(open_tokenizer(config.tokenizer.path), images, config.codes)
     by_id = dict(zip(conditions.image_ids(2 * np.arange(24)).tolist(), conditions.codes(2 * np.arange(24))))
     labels = np.stack([by_id[row["image_id"]] for row in rows]).astype(np.int64)

@@ -14,6 +14,7 @@ from stages.hashing import hash64, uniform
 from stages.options import SourceOptions
 
 Split = Literal["train", "holdout"]
+IMAGE = "image"  # what is no map of an image
 
 
 @dataclass(frozen=True)

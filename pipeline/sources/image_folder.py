@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.images import decode_image
 from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash, split_path
+from pipeline.sources.map_files import decode_packed, map_folders, map_sizes, pack
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
@@ -26,6 +26,7 @@ class ImageFolder:
     one path per line, relative to the file, and after a tab optionally the class name. An image's id is a hash of its
     path relative to the root, and images are listed in order of id, so that the first `num_images` are a fair sample. The listing
     has the sizes of the files (but not of those that a list on S3 names), so that a file which changed is noticed if its size did.
+    Maps lie in folders of their own under the same relative paths; their sizes are the entity tags of the listing.
     """
 
     def __init__(self, options: SourceOptions, images: ImageOptions):
@@ -33,10 +34,22 @@ class ImageFolder:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
         self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path) if name}))
+        root, holdout_root = _root_folder(options.path), _root_folder(options.holdout_path or options.path)
+        if options.holdout_maps and root == holdout_root:
+            raise ConfigError(
+                f"source.holdout_maps is {list(options.holdout_maps)}, but held-out images lie in {root}, as the others do. Name the "
+                f"folders of all maps by label_maps and number_maps."
+            )
+        self._maps = {root: map_folders(options, is_holdout=False), holdout_root: map_folders(options, is_holdout=root != holdout_root)}
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
-        return check_listing(split_by_hash(self._table(key, str(path)), self.options, split), self.options, split)
+        table = check_listing(split_by_hash(self._table(key, str(path)), self.options, split), self.options, split)
+        root = _root_folder(str(path))
+        if not self._maps[root]:
+            return table
+        tags = map_sizes(self._maps[root], [_relative(uri, root) for uri in table["uri"].to_pylist()])
+        return table.set_column(table.schema.get_field_index("etag"), "etag", pa.array(tags, pa.string()))
 
     def _table(self, key: str, path: str) -> pa.Table:
         root = _root_folder(path)
@@ -59,10 +72,13 @@ class ImageFolder:
         return listing(ids[order], images, labels, [sizes.get(image) for image in images])
 
     def fetch(self, uri: str) -> bytes:
-        return storage.read_bytes(uri)
+        # The longest root, since one split may lie within the other.
+        root = max((root for root in self._maps if uri.startswith(root + "/")), key=len, default=_root_folder(str(self.options.path)))
+        maps = {folder.name: folder.read(_relative(uri, root)) for folder in self._maps[root]}
+        return pack(storage.read_bytes(uri), maps)
 
     def decode(self, data: bytes) -> Example:
-        return Example(decode_image(data))
+        return decode_packed(data, self.options)
 
 
 def _root_folder(path: str) -> str:

@@ -11,8 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.images import decode_image
-from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash, split_path
+from pipeline.sources.contract import (
+    IMAGE,
+    Example,
+    Split,
+    check_listing,
+    hashed_id,
+    listing,
+    split_by_hash,
+    split_path,
+)
+from pipeline.sources.map_files import decode_packed, map_columns, pack
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
@@ -23,21 +32,21 @@ class ParquetFiles:
     """Rows of the files at `source.path` (one file, or every .parquet below a folder), listed in order of id.
 
     Columns: `image` or `uri` (absolute, or relative to the file); optionally `label` (integer, 0-based) and `image_id`
-    (int64; a hash of file name and row where there is none). Classes are named by their number. The entity tag of a row is a hash
-    of its file's footer, which a file that changed seldom keeps.
+    (int64; a hash of file name and row where there is none), and columns of maps beside `image`. Classes are named by their number.
+    The entity tag of a row is a hash of its file's footer, which a file that changed seldom keeps.
     """
 
     def __init__(self, options: SourceOptions, images: ImageOptions):
         if not options.path:
             raise ConfigError("source.path is not set, but parquet reads files. Name a file or a folder.")
-        self.options = options
-        labels = _rows("source.path", options.path)["label"]
+        self.options, self._maps = options, map_columns(options)
+        labels = _rows("source.path", options.path, self._maps)["label"]
         num_classes = 0 if labels.null_count else max(labels.to_pylist(), default=-1) + 1
         self.class_names = tuple(str(i) for i in range(num_classes))
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
-        table = _rows(key, str(path)).sort_by("image_id")
+        table = _rows(key, str(path), self._maps).sort_by("image_id")
         labels = table["label"]
         highest = -1 if labels.null_count else max(labels.to_pylist(), default=-1)
         if highest >= len(self.class_names):
@@ -51,34 +60,41 @@ class ParquetFiles:
         if not uri.startswith(SCHEME):
             return storage.read_bytes(uri)
         file, _, row = uri.removeprefix(SCHEME).rpartition("#")
-        return _read_row(file, int(row))
+        image, *maps = _read_row(file, int(row), (IMAGE, *self._maps))
+        return pack(image or b"", dict(zip(self._maps, maps, strict=True)))
 
     def decode(self, data: bytes) -> Example:
-        return Example(decode_image(data))
+        return decode_packed(data, self.options)
 
 
-def _rows(key: str, path: str) -> pa.Table:
-    """Listing of every row of every file, in the order of the files. Labels are all there or all null."""
+def _rows(key: str, path: str, maps: tuple[str, ...]) -> pa.Table:
+    """Listing of every row of every file, in the order of the files. Labels are all there or all null; columns of maps are there."""
     root = storage.absolute(path)
     is_file = root.endswith(".parquet") and storage.exists(root)
     files = [root] if is_file else storage.list_files(root, suffix=".parquet")
     if not files:
         raise ConfigError(f"{key} is {path}, but there are no .parquet files. Name a file or a folder with some.")
     folder = posixpath.dirname(root) if is_file else root
-    tables = [_file_rows(key, file, file.removeprefix(folder + "/")) for file in files]
+    tables = [_file_rows(key, file, file.removeprefix(folder + "/"), maps) for file in files]
     table = pa.concat_tables(tables)
     if 0 < table["label"].null_count < len(table):
         raise ConfigError(f"{key} is {path}, but only some of its rows have a label. Label all or none.")
     return table
 
 
-def _file_rows(key: str, file: str, name: str) -> pa.Table:
+def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Table:
     parquet = _open(file)
     columns, n = parquet.schema_arrow.names, parquet.metadata.num_rows
-    if "image" not in columns and "uri" not in columns:
+    if IMAGE not in columns and "uri" not in columns:
         raise ConfigError(f"{key} leads to {file}, but it has neither an image nor a uri column. Add one of them.")
+    missing = [column for column in (IMAGE, *maps) if maps and column not in columns]
+    if missing:
+        raise ConfigError(
+            f"{key} leads to {file}, but it has no column {missing[0]}, and maps are columns beside {IMAGE}. Its columns are "
+            f"{', '.join(columns)}; name maps of these."
+        )
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
-    if "image" in columns:
+    if IMAGE in columns:
         uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
     else:
         uris = [_absolute_uri(uri or "", file) for uri in table["uri"].to_pylist()]
@@ -128,10 +144,11 @@ def _open(file: str) -> pq.ParquetFile:
         raise ConfigError(f"source.path leads to {file}, but it is not Parquet ({error}). Remove it.") from error
 
 
-def _read_row(file: str, row: int) -> bytes:
+def _read_row(file: str, row: int, columns: tuple[str, ...]) -> list[bytes | None]:
     group, start = _locate(file, row)
-    value: Any = _read_group(file, group)[row - start].as_py()
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
+    table = _read_group(file, group, columns)
+    values: list[Any] = [table[column][row - start].as_py() for column in columns]
+    return [value["bytes"] if isinstance(value, dict) else value for value in values]
 
 
 def _locate(file: str, row: int) -> tuple[int, int]:
@@ -145,5 +162,5 @@ def _locate(file: str, row: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_group(file: str, group: int) -> pa.ChunkedArray:
-    return _open(file).read_row_group(group, columns=["image"])["image"]
+def _read_group(file: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    return _open(file).read_row_group(group, columns=list(columns))

@@ -20,6 +20,13 @@ def to_input(pixels: Tensor, num_labels: int | None) -> Tensor:
     return to_float(pixels) if num_labels is None else to_one_hot(pixels, num_labels)
 
 
+def from_output(outputs: Tensor, num_labels: int | None) -> Tensor:
+    """What a tokenizer's decoder gives (B, C, H, W) as uint8 (B, H, W, C): `to_uint8`, or with `num_labels` the likeliest ids, C = 1."""
+    if num_labels is None:
+        return to_uint8(outputs)
+    return outputs.argmax(dim=1, keepdim=True).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Float (B, C, H, W) around [-1, 1], clamped, to uint8 (B, H, W, C), truncating as the original system does."""
     scaled = (images.float().clamp(-1.0, 1.0) + 1.0) * 127.5

@@ -22,6 +22,17 @@ class SourceOptions:
     num_holdout_images: int | None = option(
         None, "Use the first so many held-out images; all of them if not given.", low=1
     )
+    label_maps: tuple[str, ...] = option(
+        (),
+        "Maps of ids that lie beside the images. image-folder: NAME=FOLDER, with a file for each image at the same relative path; "
+        "parquet: NAME of a column.",
+    )
+    number_maps: tuple[str, ...] = option(
+        (), "The same of numbers, such as depth: 8 or 16 bits, which stand for 0 to 1, or floats from 0 to 1."
+    )
+    holdout_maps: tuple[str, ...] = option(
+        (), "NAME=FOLDER of the maps of the images in holdout_path, where they are not in the same folders."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

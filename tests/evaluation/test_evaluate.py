@@ -195,7 +195,7 @@ def test_samples_are_shown_beside_training_images(full_record):
     assert record.content["wall_seconds"]["neighbours"] > 0
     source = open_source(full.source, full.images)
     uris = source.list_images("train")["uri"].to_pylist()
-    views = {read_view(source, uri, full.images).tobytes() for uri in uris}
+    views = {read_view(source, uri, full.images, full.tokenizer).tobytes() for uri in uris}
     samples, pairs = (tiles_in(full, record, name, width) for name, width in (("samples", 64), ("neighbours", 128)))
     assert len(pairs) == len(record.content["layouts"]["samples"]["labels"])
     assert [pair[:, :16].tobytes() for pair in pairs] == [sample.tobytes() for sample in samples]
@@ -305,9 +305,13 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
         evaluate(with_evaluation(options, metrics=("fdi",)))
     with pytest.raises(ConfigError, match="inception-v3 needs weights-inception-2015-12-05-6726825d.pth in it. Put http"):
         evaluate(with_evaluation(options, metrics=("fid",), weights_path=str(tmp_path)))
-    depth = dataclasses.replace(options.tokenizer, input="depth")
-    with pytest.raises(ConfigError, match="tokenizer.input is depth, but evaluate measures tokenizers of images"):
-        evaluate(dataclasses.replace(options, tokenizer=depth, checkpoint=None))
+    depth = dataclasses.replace(options, tokenizer=dataclasses.replace(options.tokenizer, input="depth"))
+    with pytest.raises(ConfigError, match="tokenizer.input is depth, but samples are measured as images"):
+        evaluate(depth)
+    with pytest.raises(ConfigError, match="names fd, but .* of maps of numbers are measured by psnr, ssim, codebook"):
+        evaluate(dataclasses.replace(depth, checkpoint=None))
+    with pytest.raises(ConfigError, match="names mean_iou, but tokenizer.input is image, .* of images are measured by fd, fid"):
+        evaluate(with_evaluation(options, metrics=("mean_iou",)))
     for changes, message in (({"channels": 1}, "images.channels is 1, but .* takes 3 channels"), ({"size": 18}, "images.size is 18")):
         other = dataclasses.replace(options, images=dataclasses.replace(options.images, **changes), checkpoint=None)
         with pytest.raises(ConfigError, match=message):

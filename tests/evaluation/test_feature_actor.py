@@ -9,7 +9,7 @@ from pipeline.sources import open_source
 from stages.errors import TesseraError
 from stages.first_stage.artefact import save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
-from stages.options import EvaluationOptions, ImageOptions, SourceOptions
+from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 IMAGES = ImageOptions(size=16)
 OPTIONS = EvaluationOptions(extractor_resolution=32)
@@ -51,7 +51,7 @@ def actor(tmp_path_factory) -> FeatureActor:
     )
     folder = str(tmp_path_factory.mktemp("tokenizer"))
     save_tokenizer(Tokenizer(config), folder)
-    return FeatureActor(FaultySource(), IMAGES, OPTIONS, PLAN, folder)
+    return FeatureActor(FaultySource(), IMAGES, OPTIONS, PLAN, TokenizerOptions(path=folder))
 
 
 def test_held_out_images_come_with_reconstructions_codes_and_labels(actor):
@@ -63,7 +63,7 @@ def test_held_out_images_come_with_reconstructions_codes_and_labels(actor):
     assert codes.shape == (3, 16) and images.features[KEY].shape == (3, 1280)
     assert list(images.tiles) == [2]
     real, reconstruction = images.tiles[2]
-    np.testing.assert_array_equal(real, read_view(actor.source, uris[2], IMAGES))
+    np.testing.assert_array_equal(real, read_view(actor.source, uris[2], IMAGES, TokenizerOptions()))
     assert psnr(real[None], reconstruction[None])[0] == pytest.approx(images.pixels["psnr"][1])
     assert ssim(real[None], reconstruction[None])[0] == pytest.approx(images.pixels["ssim"][1])
     sample, tiles = actor.of_images(np.stack([real]), [0])
@@ -90,7 +90,7 @@ def test_pictures_are_the_views_of_images_that_can_be_used(actor):
     found = actor.pictures([uris[1], "gone", uris[0]])
     assert list(found) == [uris[1], uris[0]]
     for uri, picture in found.items():
-        np.testing.assert_array_equal(picture, read_view(actor.source, uri, IMAGES))
+        np.testing.assert_array_equal(picture, read_view(actor.source, uri, IMAGES, TokenizerOptions()))
 
 
 def test_a_storage_fault_is_no_bad_image(actor, monkeypatch):

@@ -8,7 +8,7 @@ from tests_support import TINY_TOKENIZER
 
 from stages.errors import ConfigError
 from stages.first_stage.blocks import Downsample
-from stages.first_stage.pixels import to_float, to_uint8
+from stages.first_stage.pixels import from_output, to_float, to_input, to_uint8
 from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig, psnr, tokenizer_config
 from stages.options import ImageOptions, TokenizerOptions
 
@@ -94,6 +94,12 @@ def test_reconstruction_passes_gradients_to_the_encoder(tokenizer):
     reconstructions.square().mean().backward()
     assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
     assert tokenizer.quantize.embedding.weight.grad is None, "only the codebook loss moves the codebook"
+
+
+def test_labels_survive_the_way_to_channels_and_back():
+    ids = torch.randint(0, 7, (2, 5, 4, 1), dtype=torch.uint8)
+    back = from_output(10 * to_input(ids, 7) - 3, 7)
+    assert back.dtype == torch.uint8 and torch.equal(back, ids)
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

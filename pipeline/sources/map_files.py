@@ -1,0 +1,168 @@
+"""Condition maps that sources keep beside their images: of labels (ids), or of numbers in [0, 1]."""
+
+import io
+import logging
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.images import decode_image, decode_label_map, decode_number_map
+from pipeline.sources.contract import IMAGE, Example
+from stages.errors import BadImage, ConfigError
+from stages.options import SourceOptions
+
+logger = logging.getLogger(__name__)
+
+MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+
+
+def map_names(options: SourceOptions) -> tuple[str, ...]:
+    """Names of all maps, those of labels first.
+
+    Raises:
+        ConfigError: a name that is given twice, or is that of the image.
+    """
+    names: list[str] = []
+    for key in ("label_maps", "number_maps"):
+        for entry in getattr(options, key):
+            name = entry.partition("=")[0]
+            if name in ("", IMAGE, *names):
+                raise ConfigError(
+                    f"source.{key} names {entry}, but every map has a name of its own, which is not {IMAGE}. Write another name."
+                )
+            names.append(name)
+    return tuple(names)
+
+
+def pack(image: bytes, maps: Mapping[str, bytes | None]) -> bytes:
+    """An image and the maps it has as one ZIP archive, the same for the same content; its own bytes where the source has no maps."""
+    if not maps:
+        return image
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in {IMAGE: image, **maps}.items():
+            if data is not None:
+                archive.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
+
+
+def decode_packed(data: bytes, options: SourceOptions) -> Example:
+    """The image and the maps of `pack`; one that it does not have is missing here, too.
+
+    Raises:
+        BadImage: one of them cannot be decoded, or a map is of another size than the image (unfit-map).
+    """
+    names = map_names(options)
+    if not names:
+        return Example(decode_image(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    image, conditions = decode_image(files.pop(IMAGE)), {}
+    for name, file in files.items():
+        conditions[name] = _decode_map(name, file, is_labels=names.index(name) < len(options.label_maps))
+        if conditions[name].shape != image.shape[:2]:
+            sizes = ["{1} x {0}".format(*array.shape) for array in (conditions[name], image)]
+            raise BadImage("unfit-map", f"{name} has {sizes[0]} pixels and the image {sizes[1]}")
+    return Example(image, conditions)
+
+
+def _decode_map(name: str, data: bytes, is_labels: bool) -> np.ndarray:
+    try:
+        return decode_label_map(data) if is_labels else decode_number_map(data)
+    except BadImage as error:
+        raise BadImage(error.kind, f"{name}: {error.message}") from error
+
+
+@dataclass
+class MapFolder:
+    """The files of one map: for the image `a/b.jpg` below its root, `a/b.png` or another of MAP_SUFFIXES below the folder."""
+
+    name: str
+    folder: str
+    _suffix: str = field(default=MAP_SUFFIXES[0], repr=False)
+
+    def read(self, relative: str) -> bytes | None:
+        """The file for an image at a path relative to its root, if there is one."""
+        stem = storage.join(self.folder, _stem(relative))
+        for suffix in dict.fromkeys((self._suffix, *MAP_SUFFIXES)):
+            try:
+                data = storage.read_bytes(stem + suffix)
+            except FileNotFoundError:
+                continue
+            self._suffix = suffix  # of the next one, most likely
+            return data
+        return None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by its path relative to the folder and without suffix."""
+        files = storage.list_sizes(self.folder)
+        return {
+            _stem(path.removeprefix(self.folder + "/")): size for path, size in files.items() if path.lower().endswith(MAP_SUFFIXES)
+        }
+
+
+def _stem(relative: str) -> str:
+    folder, slash, name = relative.rpartition("/")
+    return folder + slash + name.rpartition(".")[0]
+
+
+def map_folders(options: SourceOptions, is_holdout: bool) -> list[MapFolder]:
+    """Where the maps of image files lie, in order of `map_names`.
+
+    Raises:
+        ConfigError: an entry without a folder, or a folder for an unknown map.
+    """
+    names = map_names(options)
+    folders: dict[str, str] = {}
+    for key in ("label_maps", "number_maps", "holdout_maps") if is_holdout else ("label_maps", "number_maps"):
+        for entry in getattr(options, key):
+            name, _, folder = entry.partition("=")
+            if not folder:
+                raise ConfigError(f"source.{key} names {entry}, but maps of image files lie in folders. Write {name}=FOLDER.")
+            if name not in names:
+                raise ConfigError(f"source.{key} names {name}, but the maps are {', '.join(names) or 'none'}. Name one of these.")
+            folders[name] = storage.absolute(folder)
+    return [MapFolder(name, folders[name]) for name in names]
+
+
+def map_columns(options: SourceOptions) -> tuple[str, ...]:
+    """Columns of maps in Parquet files, in order of `map_names`.
+
+    Raises:
+        ConfigError: an entry names a folder.
+    """
+    for key in ("label_maps", "number_maps", "holdout_maps"):
+        for entry in getattr(options, key):
+            if "=" in entry or key == "holdout_maps":
+                raise ConfigError(
+                    f"source.{key} names {entry}, but maps in Parquet files are columns. Name the column in label_maps or number_maps."
+                )
+    return map_names(options)
+
+
+def map_sizes(folders: Sequence[MapFolder], relative_paths: Sequence[str]) -> list[str]:
+    """Bytes of the maps of each image, such as `segmentation:512 depth:1024`, which change when a map does; `-` where there is none.
+
+    Images without a map are named in the log: what needs the map leaves them out.
+
+    Raises:
+        ConfigError: no image has a certain map.
+    """
+    texts = [""] * len(relative_paths)
+    for folder in folders:
+        sizes = folder.sizes()
+        found = [sizes.get(_stem(path)) for path in relative_paths]
+        missing = [path for path, size in zip(relative_paths, found) if size is None]
+        expected = f"{_stem(missing[0])}{MAP_SUFFIXES[0]} for {missing[0]}" if missing else ""
+        if missing and len(missing) == len(found):
+            raise ConfigError(
+                f"The {folder.name} of images is in {folder.folder}, but no image has one there: the first would be {expected}. Name the "
+                f"folder with the same paths below it as the images have."
+            )
+        if missing:
+            logger.warning("%d of %d images have no %s in %s, such as %s", len(missing), len(found), folder.name, folder.folder, expected)
+        texts = [f"{text} {folder.name}:{'-' if size is None else size}".strip() for text, size in zip(texts, found)]
+    return texts

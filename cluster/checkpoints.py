@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint is a folder unique to one attempt, `checkpoints/step-000001000-<attempt>/`, and exists once its COMMIT.json does. The
-commit is written last, put-if-absent, and lists every file with size and hash. "Latest" is the highest step whose commit verifies:
-neither DeepSpeed's `latest` file nor a Ray report is asked.
+commit is written last, put-if-absent, and lists every file with size and hash. "Latest" is the highest step whose files verify, all of
+them or those that are needed: neither DeepSpeed's `latest` file nor a Ray report is asked.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 COMMIT = "COMMIT.json"
 WEIGHTS, AVERAGES = "transformer.safetensors", "transformer-average.safetensors"  # of a second-stage checkpoint
+SAMPLED_FROM = (WEIGHTS, AVERAGES)
 SHARDS = "deepspeed"  # folder of what DeepSpeed saves
 FORMAT = "tessera-checkpoint"
 FORMAT_VERSION = 1
@@ -148,10 +149,13 @@ def _read_commit(folder: str) -> Commit:
     return Commit(folder, content, hashlib.sha256(data).hexdigest())
 
 
-def commit_problems(commit: Commit) -> list[str]:
-    """What is wrong with the files of a commit: missing, of another size, or of another hash. Empty when it verifies."""
+def commit_problems(commit: Commit, names: Collection[str] | None = None) -> list[str]:
+    """What is wrong with the files of a commit, or those of certain names: missing, of another size, or of another hash. Empty when they
+    verify."""
     problems = []
     for entry in commit.content["files"]:
+        if names is not None and entry["path"] not in names:
+            continue
         path = storage.join(commit.path, entry["path"])
         try:
             found = file_entry(path, entry["path"])
@@ -182,31 +186,37 @@ def newest_commit(run_path: str) -> Commit | None:
     return commits[-1] if commits else None
 
 
-def latest_commit(run_path: str) -> Commit | None:
-    """The highest step whose commit verifies; damaged ones are named in the log and passed over. None when there is none."""
+def latest_commit(run_path: str, names: Collection[str] | None = None) -> Commit | None:
+    """The highest step whose files verify, or those of certain names; damaged ones are named in the log and passed over. None when there is
+    none."""
     for commit in reversed(list_commits(run_path)):
-        problems = commit_problems(commit)
+        problems = commit_problems(commit, names)
         if not problems:
             return commit
         logger.warning("Checkpoint %s is damaged and passed over: %s", commit.path, "; ".join(problems))
     return None
 
 
-def resolve_checkpoint(checkpoint: str, run_path: str) -> Commit:
+def resolve_checkpoint(checkpoint: str, run_path: str, names: Collection[str] | None = None) -> Commit:
     """The commit named by a path, or the run's latest for "latest".
+
+    Args:
+        checkpoint: a folder, or "latest".
+        run_path: of the run.
+        names: of the files that are needed, such as SAMPLED_FROM, which leaves out the optimizer's many bytes; all if not given.
 
     Raises:
         ArtefactError: there is none, or its files do not verify.
     """
     if checkpoint == "latest":
-        commit = latest_commit(run_path)
+        commit = latest_commit(run_path, names)
         if commit is None and newest_commit(run_path) is not None:
             raise ArtefactError(f"run.path is {run_path}, but all checkpoints in it are damaged; the log says how. Restore one.")
         if commit is None:
             raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
         return commit
     commit = open_commit(checkpoint.rstrip("/"))
-    problems = commit_problems(commit)
+    problems = commit_problems(commit, names)
     if problems:
         raise ArtefactError(
             f"checkpoint is {checkpoint}, but it is damaged: {'; '.join(problems)}. Use another checkpoint."

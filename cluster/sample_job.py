@@ -47,7 +47,7 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64, classes (n,) or codes of the
     condition (n, P), in order of the global sample index.
     """
-    commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path)
+    commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path, checkpoints.SAMPLED_FROM)
     on_one = ray.remote(num_cpus=1, num_gpus=gpus_per_actor(1))
     actor: Any = on_one(SamplerActor).remote(
         commit.path, options.tokenizer.path, options.sampling, conditions_path=options.conditioning.sampled_codes_path

@@ -84,10 +84,11 @@ def evaluate(
 
 def _check_finite(measurement: Measurement) -> None:
     for name, estimate in measurement.metrics.items():
-        if not math.isfinite(estimate.value):
+        numbers = (estimate.value, estimate.standard_error, estimate.bias_corrected)
+        if not all(math.isfinite(number) for number in numbers if number is not None):
             raise TesseraError(
-                f"{name} is {estimate.value}, but a record holds finite numbers. Look at the checkpoint's weights: a training that "
-                f"diverged gives such images."
+                f"{name} is {estimate.value} with the error {estimate.standard_error}, but a record holds finite numbers. Look at the "
+                f"checkpoint's weights: a training that diverged gives such images."
             )
 
 
@@ -204,7 +205,7 @@ def log_progress(every_seconds: float = 15.0) -> Progress:
         if time.monotonic() - last >= every_seconds:
             last = time.monotonic()
             logger.info(
-                "Evaluating: %s", ", ".join(f"{name} {done[name]}/{totals[name]}" for name in totals if name in done)
+                "Evaluating: %s", ", ".join(f"{name} {done[name]}/{total}" for name, total in totals.items() if total and name in done)
             )
 
     return report

@@ -250,23 +250,23 @@ class _DinoV2(_Vit):
     deviation = (58.395, 57.12, 57.375)
 
 
-def _dinov2_file(size: str) -> PretrainedFile:
+def _dinov2_file(size: str, sha256: str) -> PretrainedFile:
     name = f"dinov2_vit{size}14"
-    return PretrainedFile(f"{name}_pretrain.pth", f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth")
+    return PretrainedFile(f"{name}_pretrain.pth", f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth", sha256)
 
 
 class DinoV2Small(_DinoV2):
-    FILE = _dinov2_file("s")
+    FILE = _dinov2_file("s", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9")
     family = "dinov2-vits14"
 
 
 class DinoV2Base(_DinoV2):
-    FILE = _dinov2_file("b")
+    FILE = _dinov2_file("b", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73")
     family = "dinov2-vitb14"
 
 
 class DinoV2Large(_DinoV2):
-    FILE = _dinov2_file("l")
+    FILE = _dinov2_file("l", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428")
     family = "dinov2-vitl14"
 
 

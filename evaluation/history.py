@@ -36,7 +36,7 @@ def write_report(
     records = list_records(options.evaluation.path)
     write_rows(options.evaluation.path, records)
     links = _links(records, page_path)
-    commit = checkpoints.latest_commit(options.run.path)
+    commit = checkpoints.latest_commit(options.run.path, checkpoints.SAMPLED_FROM)
     data = ReportData(
         title=title,
         created_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

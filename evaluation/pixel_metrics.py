@@ -54,6 +54,7 @@ class LpipsDistance:
     HEADS = PretrainedFile(
         "weights-vgg16-lpips.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
         packaged_sha256="8ca57a96a58c9fa4249181163ed6ddbb98876c22d0f322f7f7d5951b6ba9ce1b",
     )
 

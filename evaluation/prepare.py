@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.checkpoints import Commit, resolve_checkpoint
+from cluster.checkpoints import SAMPLED_FROM, Commit, resolve_checkpoint
 from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
@@ -90,7 +90,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
             f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
             f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
         )
-    commit = resolve_checkpoint(options.checkpoint, options.run.path) if options.checkpoint is not None else None
+    commit = resolve_checkpoint(options.checkpoint, options.run.path, SAMPLED_FROM) if options.checkpoint is not None else None
     tokenizer = open_tokenizer(options.tokenizer.path)
     _check_tokenizer(options, tokenizer)
     source = open_source(options.source, images)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cluster.checkpoints import resolve_checkpoint
+from cluster.checkpoints import SAMPLED_FROM, resolve_checkpoint
 from evaluation.compare import direction
 from evaluation.evaluate import EvaluateOptions, evaluate
 from evaluation.hashing import canonical_hash
@@ -61,7 +61,8 @@ def sweep(options: EvaluateOptions, settings: SweepOptions) -> dict[str, Any]:
     found = list(combinations(options.sampling, settings))
     check_sweep(found, settings)
     # A training beside this may publish others meanwhile.
-    options = dataclasses.replace(options, checkpoint=resolve_checkpoint(options.checkpoint or "latest", options.run.path).path)
+    commit = resolve_checkpoint(options.checkpoint or "latest", options.run.path, SAMPLED_FROM)
+    options = dataclasses.replace(options, checkpoint=commit.path)
     few = dataclasses.replace(options.evaluation, num_samples=settings.num_samples)
     trials = []
     for number, sampling in enumerate(found, 1):

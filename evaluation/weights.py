@@ -33,7 +33,7 @@ class PretrainedFile:
     Attributes:
         name: of the file.
         url: where its authors publish it.
-        sha256: its hash (hex), or as much of it as its authors publish; empty where they publish none.
+        sha256: its hash (hex), or as much of it as its authors publish; empty where none is known.
         packaged_sha256: hash (hex) of the tensors that `evaluation.packaged_weights` makes of a package in place of it; empty
             where there is no such package.
     """

@@ -55,6 +55,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, damage, caplog):
         checkpoints.resolve_checkpoint(os.path.dirname(path), run)
 
 
+def test_a_damaged_file_that_is_not_needed_does_no_harm(run):
+    make(run, 10)
+    path = os.path.join(make(run, 20).path, "state.pt")
+    os.remove(path)
+    others = ("transformer.safetensors",)
+    assert checkpoints.latest_commit(run, others).step == checkpoints.resolve_checkpoint("latest", run, others).step == 20
+    assert checkpoints.resolve_checkpoint(os.path.dirname(path), run, others).step == 20
+    assert checkpoints.latest_commit(run, ("state.pt",)).step == 10
+
+
 def test_a_folder_is_committed_once(run):
     commit = make(run, 10)
     with pytest.raises(ArtefactError, match="committed already"):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -17,7 +18,9 @@ from evaluation_support import GRID, NUM_SAMPLES, STEP, make_checkpoint, make_to
 from PIL import Image
 
 from cluster.sampler_actor import SamplerActor
-from evaluation.actor import EvaluationActor
+from evaluation import evaluate as evaluate_module
+from evaluation.actor import EvaluationActor, Measurement
+from evaluation.estimates import Estimate
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.feature_actor import read_view
 from evaluation.make_reference import make_references
@@ -320,6 +323,18 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
         evaluate(dataclasses.replace(options, run=RunOptions(path=str(tmp_path / "none"))))
     with pytest.raises(ArtefactError, match="no such file"):
         verify_record(str(tmp_path / "none.json"), options)
+
+
+@pytest.mark.parametrize("numbers", [(math.nan, 1.0, 1.0), (1.0, math.nan, 1.0), (1.0, 1.0, math.inf)])
+def test_numbers_that_are_not_finite_make_no_record(options, tmp_path, monkeypatch, numbers):
+    value, error, corrected = numbers
+    estimate = Estimate(value, NUM_SAMPLES, error, corrected)
+    found = Measurement(metrics={"gfd": estimate}, grids={}, layouts={}, references={}, num_unusable=0, wall_seconds={})
+    monkeypatch.setattr(evaluate_module, "measure", lambda *given: found)
+    path = str(tmp_path / "evaluation")
+    with pytest.raises(TesseraError, match="gfd is .* a record holds finite numbers"):
+        evaluate(with_evaluation(options, path=path))
+    assert list_records(path) == []
 
 
 def test_fewer_held_out_images_than_samples_are_warned_of(options, caplog):

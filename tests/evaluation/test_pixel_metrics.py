@@ -56,7 +56,8 @@ def options(tmp_path_factory):
         heads[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evaluation.batches.BATCH_SIZE", 4)
-        patch.setattr(LpipsDistance, "VGG", dataclasses.replace(LpipsDistance.VGG, sha256=""))
+        for name in ("VGG", "HEADS"):
+            patch.setattr(LpipsDistance, name, dataclasses.replace(getattr(LpipsDistance, name), sha256=""))
         for file, tensors in ((LpipsDistance.VGG, vgg), (LpipsDistance.HEADS, heads)):
             torch.save(tensors, folder / file.name)
         yield EvaluationOptions(weights_path=str(folder))

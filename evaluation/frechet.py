@@ -17,7 +17,7 @@ import torch
 from evaluation.estimates import Estimate, jackknife
 from evaluation.statistics import GaussianStatistics, merge_all, subtract
 
-BLOCK_SIZE = 128  # columns of a product at a time
+BLOCK_SIZE = 256  # columns of a product at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,23 +52,25 @@ def covariance_factor(covariance: np.ndarray) -> np.ndarray:
 
 def congruence(s_DD: torch.Tensor, b_DR: torch.Tensor) -> torch.Tensor:
     """The lower triangle of B^T S B, float64 (r, r), of a symmetric S (d, d) and a B (d, r) with zeros above its diagonal."""
-    product = torch.zeros(b_DR.shape[1], b_DR.shape[1], dtype=s_DD.dtype)
+    product = torch.empty(b_DR.shape[1], b_DR.shape[1], dtype=s_DD.dtype)
     for start in range(0, b_DR.shape[1], BLOCK_SIZE):
         columns = slice(start, start + BLOCK_SIZE)
-        product[start:, columns] = b_DR[start:, start:].T @ (s_DD[start:, start:] @ b_DR[start:, columns])
+        torch.mm(b_DR[start:, start:].T, s_DD[start:, start:] @ b_DR[start:, columns], out=product[start:, columns])
     return product
 
 
 def frechet_distance(statistics: GaussianStatistics, reference: Reference) -> float:
     """Fréchet distance to a reference, in squared feature units, never below zero. Both need two vectors or more."""
-    # torch finds eigenvalues in half the time of numpy. A copy of B, because arrays that come through Ray are read-only.
-    s_DD, b_DR = torch.from_numpy(statistics.covariance), torch.tensor(reference.factor)
-    eigenvalues = torch.linalg.eigvalsh(congruence(s_DD, b_DR), UPLO="L")
-    trace_of_root = eigenvalues.clamp(min=0.0).sqrt().sum()
+    assert statistics.n >= 2, f"a covariance needs two vectors, there are {statistics.n}"
+    # Arrays that come through Ray are read-only, which torch cannot be: those are copied.
+    m2_DD, b_DR = (torch.from_numpy(np.require(a, requirements="W")) for a in (statistics.m2, reference.factor))
+    # torch finds eigenvalues in half the time of numpy. M2 is scaled where it is a number, not a matrix.
+    eigenvalues = torch.linalg.eigvalsh(congruence(m2_DD, b_DR), UPLO="L") / (statistics.n - 1)
+    trace_of_root = float(eigenvalues.clamp(min=0.0).sqrt().sum())
     difference = statistics.mean - reference.mean
     # tr S2 is taken from B, so that what was cut off the rank is missing on both sides of the difference.
-    traces = s_DD.trace() + b_DR.square().sum()
-    return max(float(difference @ difference + traces - 2.0 * trace_of_root), 0.0)
+    traces = np.trace(statistics.m2) / (statistics.n - 1) + np.linalg.norm(reference.factor) ** 2
+    return max(float(difference @ difference + traces) - 2.0 * trace_of_root, 0.0)
 
 
 def frechet_estimate(blocks: Sequence[GaussianStatistics], reference: Reference, num_threads: int = 1) -> Estimate:

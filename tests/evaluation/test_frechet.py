@@ -77,3 +77,14 @@ def test_jackknife_error_and_correction_match_repeated_draws():
     assert abs(corrected.mean() - truth) < 0.15 * (plain.mean() - truth)
     assert np.mean([estimate.standard_error for estimate in estimates]) == pytest.approx(plain.std(ddof=1), rel=0.4)
     assert estimates[0].num_samples == n
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_came_through_ray_serve_too():
+    """They cannot be written to, which torch warns of where they are not copied."""
+    first, second = (GaussianStatistics.of(np.random.default_rng(seed).normal(size=(60, 5))) for seed in (0, 1))
+    reference = Reference.of(first)
+    expected = frechet_distance(second, reference)
+    for array in (second.m2, second.mean, reference.factor, reference.mean):
+        array.setflags(write=False)
+    assert frechet_distance(second, reference) == expected

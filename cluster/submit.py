@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from cluster.job_client import connect, explained, follow, use_cluster
 from pipeline import storage
+from pipeline.job_options import named_paths
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
 from stages.options import NightlyOptions
@@ -231,6 +232,7 @@ def _section_paths(section: str, options: Any) -> dict[str, str]:
         field.name for field in dataclasses.fields(options) if field.name == "path" or field.name.endswith("_path")
     ]
     found = {f"{section}.{name}": path for name in names if (path := getattr(options, name)) is not None}
+    found |= {f"{section}.{name}": path for name, path in named_paths(options).items()}
     runs = options.runs if isinstance(options, NightlyOptions) else ()
     return found | {f"{section}.runs[{i}]": path for i, path in enumerate(runs)}
 

@@ -10,6 +10,7 @@ from cluster import checkpoints
 from cluster.tokenizer_options import TokenizerJobOptions, fixed_options
 from pipeline.image_order import IMAGE_ORDER_VERSION, ImageOrder
 from pipeline.image_reader import ImageReader
+from pipeline.inputs import needed_maps
 from pipeline.sources import open_source
 from stages.config import to_dict
 from stages.errors import ArtefactError
@@ -40,7 +41,7 @@ def list_training_images(options: TokenizerJobOptions) -> pa.Table:
     Raises:
         ConfigError: the source's, as when it has none.
     """
-    return open_source(options.source, options.images).list_images("train").select(["image_id", "uri"])
+    return open_source(options.source, options.images, needed_maps(options.tokenizer)).list_images("train").select(["image_id", "uri"])
 
 
 def image_order(options: TokenizerJobOptions, hash_of_list: str, num_images: int) -> ImageOrder:
@@ -55,7 +56,7 @@ def image_order(options: TokenizerJobOptions, hash_of_list: str, num_images: int
 
 def image_reader(options: TokenizerJobOptions, inputs: TrainingInputs) -> ImageReader:
     """Reads the images of a training."""
-    source = open_source(options.source, options.images)
+    source = open_source(options.source, options.images, needed_maps(options.tokenizer))
     order = image_order(options, inputs.list_hash, inputs.num_images)
     return ImageReader(source, order, options.images, options.tokenizer, options.tokenizer_train)
 

@@ -21,6 +21,7 @@ from evaluation.prepare import CHECKPOINT, EvaluateOptions, Preparation, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.resources import reserved
 from pipeline import storage
+from pipeline.inputs import IMAGE
 from stages import __version__
 from stages.config import build, to_dict
 from stages.errors import TesseraError
@@ -84,12 +85,13 @@ def evaluate(
 
 def _check_finite(measurement: Measurement) -> None:
     for name, estimate in measurement.metrics.items():
-        numbers = (estimate.value, estimate.standard_error, estimate.bias_corrected)
-        if not all(math.isfinite(number) for number in numbers if number is not None):
-            raise TesseraError(
-                f"{name} is {estimate.value} with the error {estimate.standard_error}, but a record holds finite numbers. Look at the "
-                f"checkpoint's weights: a training that diverged gives such images."
-            )
+        for part in ("value", "standard_error", "bias_corrected"):
+            number = getattr(estimate, part)
+            if number is not None and not math.isfinite(number):
+                raise TesseraError(
+                    f"{name} has the {part} {number}, but a record holds finite numbers. Look at the weights that were measured: a "
+                    f"training that diverged gives such images."
+                )
 
 
 def _versions() -> dict[str, str]:
@@ -139,7 +141,7 @@ def _options_of(record: Record, options: EvaluateOptions) -> EvaluateOptions:
     if options.evaluation.reference_path is not None:  # where the file is now
         evaluation["reference_path"] = options.evaluation.reference_path
     checkpoint = content["checkpoint"] if options.checkpoint == "latest" else options.checkpoint
-    tokenized = {name: content[name] for name in ("input", "num_labels") if name in content}
+    tokenized = {"input": content.get("input", IMAGE), "num_labels": content.get("num_labels")}
     return dataclasses.replace(
         options,
         tokenizer=dataclasses.replace(options.tokenizer, **tokenized),

@@ -190,7 +190,8 @@ def check_metrics_fit(options: EvaluationOptions, tokenizer: TokenizerOptions) -
     else:
         what, fitting = "maps of numbers", METRICS_OF_NUMBERS
     for written in options.metrics:
-        if written.partition("@")[0] not in fitting:
+        name = written.partition("@")[0]
+        if name in METRICS and name not in fitting:
             raise ConfigError(
                 f"evaluation.metrics names {written}, but tokenizer.input is {tokenizer.input}, and reconstructions of {what} are measured "
                 f"by {', '.join(fitting)}. Name some of these."

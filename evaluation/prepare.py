@@ -25,7 +25,7 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import find_images
-from pipeline.inputs import IMAGE, check_fit, check_maps
+from pipeline.inputs import IMAGE, check_fit, check_maps, needed_maps
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.config import to_dict
@@ -93,7 +93,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
     commit = resolve_checkpoint(options.checkpoint, options.run.path, SAMPLED_FROM) if options.checkpoint is not None else None
     tokenizer = open_tokenizer(options.tokenizer.path)
     _check_tokenizer(options, tokenizer)
-    source = open_source(options.source, images)
+    source = open_source(options.source, images, needed_maps(options.tokenizer))
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
     conditions: CodeDataset | None = None

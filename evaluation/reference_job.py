@@ -95,6 +95,8 @@ def prepare_references(
             for name, output in wanted
         }
         return PreparedReferences(given=read, keys={}, uris=[])
+    if not wanted:
+        return PreparedReferences(given={}, keys={}, uris=[])
     training = choose_images(source.list_images("train"), evaluation.num_reference_images)
     identity = images_identity(options.source, options.images, training)
     keys = {

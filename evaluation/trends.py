@@ -33,8 +33,9 @@ def _group(all_series: list[list[Record]]) -> dict[str, Any]:
     present = {name for series in drawn for record in series for name in record.metrics}
     metrics = [name for name in ORDER if name in present] + sorted(present - set(ORDER))
     newest = drawn[0][-1]
+    what = newest.content["distance"] or f"Reconstructions of {newest.content.get('input', 'images')}"
     return {
-        "name": f"{newest.content['distance']}, {newest.content['evaluation']['num_samples']:,} images",
+        "name": f"{what}, {newest.content['evaluation']['num_samples']:,} images",
         "num_records": sum(map(len, drawn)),
         "num_left_out": len(all_series) - len(drawn),
         "charts": [

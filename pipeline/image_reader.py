@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.image_order import ImageOrder, augmentation
-from pipeline.inputs import render_input
+from pipeline.inputs import render_views
 from pipeline.order import batch_index
 from pipeline.sources import Source
 from stages.errors import BadImage, ConfigError
@@ -54,7 +54,7 @@ class ImageReader:
             Rows int64 (b,) and pixels uint8 (b, size, size, C): of a map of labels the ids, of one of numbers 255 times them.
 
         Raises:
-            ConfigError: the source has no such map, a label is out of range, or no image in a row of many can be used.
+            ConfigError: no image in a row of many can be used.
             OSError: the storage fails.
         """
         batch = self.order.batch(batch_index(step, skipped))
@@ -63,16 +63,17 @@ class ImageReader:
         return rows, np.stack(pixels)
 
     def _read_entry(self, row: int, key: int, table: pa.Table) -> np.ndarray:
+        fault = ""
         for attempt in range(MAX_SUBSTITUTES):
             uri = table["uri"][row].as_py()
             try:
                 return self._read(uri, key)
             except BadImage as error:
                 logger.warning("Image %s cannot be used, another takes its place: %s (%s)", uri, error.kind, error.message)
-                row = self.order.substitute(key, attempt)
+                fault, row = error.message, self.order.substitute(key, attempt)
         raise ConfigError(
-            f"source.name is {type(self.source).__name__}, but {MAX_SUBSTITUTES} images in a row cannot be used, the last {uri}. "
-            f"See the log for what is wrong with each, and mend the images."
+            f"source.name is {type(self.source).__name__}, but {MAX_SUBSTITUTES} images in a row cannot be used, the last {uri}: "
+            f"{fault}. The log says what is wrong with each; mend them."
         )
 
     def _read(self, uri: str, key: int) -> np.ndarray:
@@ -81,4 +82,4 @@ class ImageReader:
         if 0 in (height, width):
             raise BadImage("too-small", f"the image has {width} x {height} pixels")
         crop = augmentation(key, height, width, min_crop=self.train.min_crop, flips=self.train.random_flip)
-        return render_input(example, crop, self.images, self.tokenizer, uri)
+        return render_views(example, [crop], self.images, self.tokenizer, uri)[0]

@@ -14,7 +14,8 @@ from stages.errors import BadImage
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What decoders raise on damaged data.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error)
-NPY_MAGIC = b"\x93NUMPY"
+NPY_MAGIC, PNG_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
+STRETCH = {b"\2": 85, b"\4": 17}
 # Whole numbers that stand for [0, 1], and which of them stands for 1.
 HIGHEST = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 ORIENTATION = 0x0112  # EXIF tag: how the camera was held
@@ -51,7 +52,7 @@ def decode_label_map(data: bytes) -> np.ndarray:
     values = _decode_array(data) if data.startswith(NPY_MAGIC) else _decode(data, _map_values)
     if values.dtype.kind not in "iub":
         raise BadImage("unfit-map", f"a map of labels holds whole numbers, but this one holds {values.dtype}")
-    return values.astype(np.int64)
+    return values.astype(np.int64) // _stretch(data)
 
 
 def decode_number_map(data: bytes) -> np.ndarray:
@@ -60,9 +61,10 @@ def decode_number_map(data: bytes) -> np.ndarray:
     Raises:
         BadImage: as `decode_image`, or unfit-map (colours, or whole numbers of other widths).
     """
-    values = _decode_array(data) if data.startswith(NPY_MAGIC) else _decode(data, _map_values)
+    values = _decode_array(data) if data.startswith(NPY_MAGIC) else _decode(data, _grey_values)
     if values.dtype.kind == "f":
         return values.astype(np.float32)
+    values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype not in HIGHEST:
         raise BadImage("unfit-map", f"a map of numbers holds floats or 8 or 16 bits, but this one holds {values.dtype}")
     return (values / HIGHEST[values.dtype]).astype(np.float32)
@@ -74,11 +76,28 @@ def _map_values(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
+def _grey_values(image: Image.Image) -> np.ndarray:
+    if image.mode != "P":
+        return _map_values(image)
+    colors = np.asarray(image.convert("RGB"))
+    if (colors != colors[..., :1]).any():
+        raise BadImage("unfit-map", "a map of numbers is grey, but this image has colours")
+    return colors[..., 0]
+
+
+def _stretch(data: bytes) -> int:
+    """What Pillow multiplies the values of a grey PNG of 2 or 4 bits by; 1 of others."""
+    bits, is_grey = data[24:25], data[25:26] == b"\0"
+    return STRETCH.get(bits, 1) if data.startswith(PNG_MAGIC) and is_grey else 1
+
+
 def _decode_array(data: bytes) -> np.ndarray:
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except DECODER_ERRORS as error:
         raise BadImage("undecodable", str(error)) from error
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
     if values.ndim != 2:
         raise BadImage("unfit-map", f"a map is of shape (height, width), but this array is of {values.shape}")
     return values

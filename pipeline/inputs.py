@@ -33,7 +33,7 @@ def render_input(
     name = tokenizer.input
     if name == IMAGE:
         return render(example.image, crop, images)
-    check_has(example, [name])
+    _check_has(example, name)
     values = example.conditions[name]
     if values.shape != example.image.shape[:2]:
         raise ConfigError(
@@ -58,11 +58,27 @@ def render_views(
         raise BadImage("unfit-map", str(error)) from error
 
 
-def check_has(example: Example, names: Sequence[str]) -> None:
-    """Raises BadImage (no-condition) when one of these maps is missing."""
-    for name in names:
-        if name not in example.conditions:
-            raise BadImage("no-condition", f"the image has no {name}")
+def render_stored(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> np.ndarray:
+    """A map as it is stored beside codes, uint8 (V, h, w): one value per cell of the (h, w) grid, of several crops.
+
+    Raises:
+        BadImage: the image has no such map, or one that does not fit in a byte (no-condition, unfit-map).
+    """
+    _check_has(example, name)
+    try:
+        return np.stack([render_map(example.conditions[name], crop, grid) for crop in crops])
+    except ValueError as error:
+        raise BadImage("unfit-map", f"{name}: {error}") from error
+
+
+def _check_has(example: Example, name: str) -> None:
+    if name not in example.conditions:
+        raise BadImage("no-condition", f"the image has no {name}")
+
+
+def needed_maps(tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> list[str]:
+    """Names of the maps that a job needs: those it stores, and the one that is tokenized."""
+    return [*stored] if tokenizer.input == IMAGE else [*stored, tokenizer.input]
 
 
 def check_maps(source: Source, uris: Sequence[str], tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> None:
@@ -79,28 +95,40 @@ def check_maps(source: Source, uris: Sequence[str], tokenizer: TokenizerOptions,
     Raises:
         ConfigError: naming what there is.
     """
-    is_image = tokenizer.input == IMAGE
-    wanted = [*stored] if is_image else [*stored, tokenizer.input]
+    wanted = needed_maps(tokenizer, stored)
     if not wanted:
         return
     maps: list[str] = []
+    fault = ""
     for uri in uris[:NUM_TRIED]:
         try:
             example = source.decode(source.fetch(uri))
-        except (BadImage, FileNotFoundError):
+        except (BadImage, FileNotFoundError) as error:
+            fault = f" The last image that was tried is {uri}: {error.message if isinstance(error, BadImage) else error}."
             continue
         found = [name for name, values in example.conditions.items() if values.shape == example.image.shape[:2]]
         maps = list(dict.fromkeys([*maps, *found]))
         if set(wanted) <= set(found):
-            if not is_image:
+            if tokenizer.input != IMAGE:
                 check_map(example.conditions[tokenizer.input], tokenizer, uri)
+            _check_stored(example, stored, uri)
             return
     for name in wanted:
         if name not in maps:
             given = f"codes.conditions is {list(stored)}" if name in stored else f"tokenizer.input is {name}"
             raise ConfigError(
                 f"{given}, but {name} is no map of this source's images, which have: {', '.join(maps) or 'none'}. Choose from these."
+                f"{fault}"
             )
+
+
+def _check_stored(example: Example, stored: Sequence[str], uri: str) -> None:
+    h, w = example.image.shape[:2]
+    for name in stored:
+        try:
+            render_stored(example, name, [Crop(0, 0, w, h, is_flipped=False)], (1, 1))
+        except BadImage as error:
+            raise ConfigError(f"codes.conditions names {name}, but that of {uri} does not fit: {error.message}. Leave it out.") from error
 
 
 def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None:
@@ -120,7 +148,7 @@ def check_map(values: np.ndarray, tokenizer: TokenizerOptions, uri: str) -> None
         )
     if num_labels is None and not (values.min() >= 0 and values.max() <= 1):
         raise ConfigError(
-            f"tokenizer.input is {name}, but that of {uri} has values from {values.min():.4g} to {values.max():.4g}, and a map of numbers "
+            f"tokenizer.input is {name}, but that of {uri} has values from {values.min():.9g} to {values.max():.9g}, and a map of numbers "
             f"is in [0, 1]. Scale it in the source."
         )
     if num_labels is not None and values.min() < 0:

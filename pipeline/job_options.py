@@ -28,7 +28,8 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
         **extra,
     )
     for field in dataclasses.fields(options):  # type: ignore[arg-type]  # cls is one of the options dataclasses
-        for name, path in section_paths(getattr(options, field.name)).items():
+        section = getattr(options, field.name)
+        for name, path in {**section_paths(section), **named_paths(section)}.items():
             check_reachable(f"{field.name}.{name}", path)
     return options
 
@@ -52,6 +53,12 @@ NAMED_PATHS = ("label_maps", "number_maps", "holdout_maps")  # lists of NAME=PAT
 def _absolute_entry(entry: str) -> str:
     name, _, path = entry.partition("=")
     return f"{name}={absolute(path)}" if path else entry
+
+
+def named_paths(section: Any) -> dict[str, str]:
+    """The paths in a section's lists of NAME=PATH, by key and name."""
+    entries = [(key, *entry.partition("=")) for key in NAMED_PATHS for entry in getattr(section, key, ())]
+    return {f"{key}[{name}]": path for key, name, _, path in entries if path}
 
 
 def section_paths(section: Any) -> dict[str, str]:

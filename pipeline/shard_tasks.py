@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
 from pipeline.encoding import encode_views, machine, prepare_tokenizer
-from pipeline.inputs import check_has, input_channels, render_views
+from pipeline.inputs import input_channels, render_stored, render_views
 from pipeline.probe import check_probe
-from pipeline.sources import Example, Source
+from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
-from pipeline.views import Crop, crop_of, render_map
+from pipeline.views import crop_of
 from stages.errors import ArtefactError, BadImage
 from stages.memory import keep_freed_memory
 from stages.options import CodesOptions, ImageOptions, TokenizerOptions
@@ -92,8 +91,7 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
         stage = "decode"
         example = job.source.decode(data)
         crops = [crop_of(view, row["image_id"], *example.image.shape[:2]) for view in job.views]
-        check_has(example, job.row_format.conditions)
-        conditions = {name: _maps(example, name, crops, job.grid) for name in job.row_format.conditions}
+        conditions = {name: render_stored(example, name, crops, job.grid).tobytes() for name in job.row_format.conditions}
         pixels = render_views(example, crops, job.images, job.tokenizer, row["uri"])
     except BadImage as error:
         digest = hashlib.sha256(data).hexdigest()
@@ -101,10 +99,6 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
     digest = hashlib.sha256(data).hexdigest()
     return {**row, "sha256": digest, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
-
-
-def _maps(example: Example, name: str, crops: Sequence[Crop], grid: tuple[int, int]) -> bytes:
-    return np.stack([render_map(example.conditions[name], crop, grid) for crop in crops]).tobytes()
 
 
 def fetch(source: Source, uri: str) -> bytes:

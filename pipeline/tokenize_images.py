@@ -21,7 +21,7 @@ from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
 from pipeline.encoding import numeric_mode, prepare_tokenizer
-from pipeline.inputs import check_fit, check_maps, input_channels, input_spec
+from pipeline.inputs import check_fit, check_maps, input_channels, input_spec, needed_maps
 from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
 from pipeline.shard_jobs import encode_missing_shards, map_on_ray
@@ -71,7 +71,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     """
     tokenizer = open_tokenizer(options.tokenizer.path)
     views = check_images(tokenizer, options)
-    source = open_source(options.source, options.images)
+    source = open_source(options.source, options.images, needed_maps(options.tokenizer, options.codes.conditions))
     listing = source.list_images(options.source.split)
     check_maps(source, listing["uri"].to_pylist(), options.tokenizer, options.codes.conditions)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
@@ -168,11 +168,19 @@ def plan_identity(
         "preprocess": input_spec(options.images, options.tokenizer),
         "views": list(views),
         "conditions": list(codes.conditions),
+        **_stored_numbers(options),
         "class_names": list(class_names),
         "codebook_size": tokenizer.codebook_size,
         "encode": numeric_mode(codes),
         "layout": {name: getattr(codes, name) for name in ("drop_duplicates", "remap_unused", "row_group_rows")},
     }
+
+
+def _stored_numbers(options: TokenizeOptions) -> dict[str, list[str]]:
+    """Which stored maps are of numbers, where the source is told so: the same file is another map as labels."""
+    names = [entry.partition("=")[0] for entry in options.source.number_maps]
+    stored = [name for name in options.codes.conditions if name in names]
+    return {"number_maps": stored} if stored else {}
 
 
 def check_quarantine(root: str, receipts: list[dict[str, Any]], max_fraction: float) -> None:

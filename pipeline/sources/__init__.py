@@ -1,8 +1,10 @@
 """Where images come from: the contract, the registry, and one module per source."""
 
 import importlib
+from collections.abc import Collection
 
 from pipeline.sources.contract import Example, Source, listing
+from pipeline.sources.map_files import with_maps
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
@@ -14,14 +16,26 @@ SOURCES = {
     "image-folder": "pipeline.sources.image_folder:ImageFolder",
     "parquet": "pipeline.sources.parquet_files:ParquetFiles",
 }
+WITH_MAPS = ("image-folder", "parquet")
 
 
-def open_source(options: SourceOptions, images: ImageOptions) -> Source:
+def open_source(options: SourceOptions, images: ImageOptions, maps: Collection[str] = ()) -> Source:
     """The source of that name, or at that `package.module:Class`.
+
+    Args:
+        options: names it.
+        images: their size.
+        maps: names of the maps that are needed. Others that the options have are not read, and change nothing.
 
     Raises:
         ConfigError: no such source, or one that its options do not fit.
     """
+    if options.name in SOURCES and options.name not in WITH_MAPS:
+        for key in ("label_maps", "number_maps", "holdout_maps"):
+            if getattr(options, key):
+                raise ConfigError(
+                    f"source.{key} is {list(getattr(options, key))}, but only {' and '.join(WITH_MAPS)} read maps. Leave it out."
+                )
     module, colon, attribute = SOURCES.get(options.name, options.name).partition(":")
     if not colon:
         raise ConfigError(
@@ -34,4 +48,4 @@ def open_source(options: SourceOptions, images: ImageOptions) -> Source:
         raise ConfigError(
             f"source.name is {options.name}, but it cannot be imported ({error}). Correct the name, or the Python path."
         ) from error
-    return source_class(options, images)
+    return source_class(with_maps(options, maps), images)

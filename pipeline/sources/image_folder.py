@@ -41,6 +41,13 @@ class ImageFolder:
                 f"folders of all maps by label_maps and number_maps."
             )
         self._maps = {root: map_folders(options, is_holdout=False), holdout_root: map_folders(options, is_holdout=root != holdout_root)}
+        for path in (options.path, options.holdout_path or options.path):
+            for each in self._maps[_root_folder(path)]:
+                if not _is_list(path) and f"{each.folder}/".startswith(f"{_root_folder(path)}/"):
+                    raise ConfigError(
+                        f"The {each.name} of images is in {each.folder}, but that is within {path}, where every file counts as an image. "
+                        f"Move the maps beside it, or name the images by a list file."
+                    )
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
@@ -53,7 +60,7 @@ class ImageFolder:
 
     def _table(self, key: str, path: str) -> pa.Table:
         root = _root_folder(path)
-        is_list = path.endswith(LIST_SUFFIXES)
+        is_list = _is_list(path)
         sizes = {} if is_list else storage.list_sizes(root)
         entries = _entries(key, path, sizes)
         if is_list:
@@ -81,8 +88,12 @@ class ImageFolder:
         return decode_packed(data, self.options)
 
 
+def _is_list(path: str) -> bool:
+    return path.endswith(LIST_SUFFIXES)
+
+
 def _root_folder(path: str) -> str:
-    return posixpath.dirname(storage.absolute(path)) if path.endswith(LIST_SUFFIXES) else storage.absolute(path)
+    return posixpath.dirname(storage.absolute(path)) if _is_list(path) else storage.absolute(path)
 
 
 def _relative(path: str, root: str) -> str:
@@ -92,7 +103,7 @@ def _relative(path: str, root: str) -> str:
 
 def _entries(key: str, path: str, files: Iterable[str] | None = None) -> list[Entry]:
     """Entries of a list file, or of a folder with these files; it is listed if they are not given."""
-    if path.endswith(LIST_SUFFIXES):
+    if _is_list(path):
         return _list_file_entries(key, path)
     return _folder_entries(key, path, storage.list_files(_root_folder(path)) if files is None else files)
 

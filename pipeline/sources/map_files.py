@@ -1,9 +1,11 @@
 """Condition maps that sources keep beside their images: of labels (ids), or of numbers in [0, 1]."""
 
+import dataclasses
 import io
 import logging
+import posixpath
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +18,17 @@ from stages.options import SourceOptions
 
 logger = logging.getLogger(__name__)
 
-MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+KEYS = ("label_maps", "number_maps", "holdout_maps")
+LOWER_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
+MAP_SUFFIXES = (*LOWER_SUFFIXES, *map(str.upper, LOWER_SUFFIXES))
+
+
+def with_maps(options: SourceOptions, names: Collection[str]) -> SourceOptions:
+    """The options with these maps only."""
+    labels, numbers, holdout = (
+        tuple(entry for entry in getattr(options, key) if entry.partition("=")[0] in names) for key in KEYS
+    )
+    return dataclasses.replace(options, label_maps=labels, number_maps=numbers, holdout_maps=holdout)
 
 
 def map_names(options: SourceOptions) -> tuple[str, ...]:
@@ -78,7 +90,8 @@ def _decode_map(name: str, data: bytes, is_labels: bool) -> np.ndarray:
 
 @dataclass
 class MapFolder:
-    """The files of one map: for the image `a/b.jpg` below its root, `a/b.png` or another of MAP_SUFFIXES below the folder."""
+    """The files of one map: for the image `a/b.jpg` below its root, `a/b.png` or another of MAP_SUFFIXES below the folder. Images outside
+    their root have none."""
 
     name: str
     folder: str
@@ -86,10 +99,12 @@ class MapFolder:
 
     def read(self, relative: str) -> bytes | None:
         """The file for an image at a path relative to its root, if there is one."""
-        stem = storage.join(self.folder, _stem(relative))
+        stem = _stem(relative)
+        if stem.startswith(("/", "../", storage.S3)):
+            return None
         for suffix in dict.fromkeys((self._suffix, *MAP_SUFFIXES)):
             try:
-                data = storage.read_bytes(stem + suffix)
+                data = storage.read_bytes(storage.join(self.folder, stem + suffix))
             except FileNotFoundError:
                 continue
             self._suffix = suffix  # of the next one, most likely
@@ -97,16 +112,23 @@ class MapFolder:
         return None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file, by its path relative to the folder and without suffix."""
-        files = storage.list_sizes(self.folder)
-        return {
-            _stem(path.removeprefix(self.folder + "/")): size for path, size in files.items() if path.lower().endswith(MAP_SUFFIXES)
-        }
+        """Bytes of every file, by its path relative to the folder and without suffix. ConfigError when two differ in their suffix only."""
+        sizes: dict[str, int] = {}
+        for path, size in storage.list_sizes(self.folder).items():
+            stem = _stem(path.removeprefix(self.folder + "/"))
+            if not path.endswith(MAP_SUFFIXES):
+                continue
+            if stem in sizes:
+                raise ConfigError(
+                    f"The {self.name} of images is in {self.folder}, but more than one file there is that of {stem}, such as {path}. "
+                    f"Keep one."
+                )
+            sizes[stem] = size
+        return sizes
 
 
 def _stem(relative: str) -> str:
-    folder, slash, name = relative.rpartition("/")
-    return folder + slash + name.rpartition(".")[0]
+    return posixpath.splitext(relative if relative.startswith(storage.S3) else posixpath.normpath(relative))[0]
 
 
 def map_folders(options: SourceOptions, is_holdout: bool) -> list[MapFolder]:
@@ -117,13 +139,16 @@ def map_folders(options: SourceOptions, is_holdout: bool) -> list[MapFolder]:
     """
     names = map_names(options)
     folders: dict[str, str] = {}
-    for key in ("label_maps", "number_maps", "holdout_maps") if is_holdout else ("label_maps", "number_maps"):
-        for entry in getattr(options, key):
+    for key in KEYS if is_holdout else KEYS[:2]:
+        entries = getattr(options, key)
+        for entry in entries:
             name, _, folder = entry.partition("=")
             if not folder:
                 raise ConfigError(f"source.{key} names {entry}, but maps of image files lie in folders. Write {name}=FOLDER.")
             if name not in names:
                 raise ConfigError(f"source.{key} names {name}, but the maps are {', '.join(names) or 'none'}. Name one of these.")
+            if sum(other.startswith(f"{name}=") for other in entries) > 1:
+                raise ConfigError(f"source.{key} names {name} more than once, but a map has one folder. Keep one.")
             folders[name] = storage.absolute(folder)
     return [MapFolder(name, folders[name]) for name in names]
 
@@ -134,7 +159,7 @@ def map_columns(options: SourceOptions) -> tuple[str, ...]:
     Raises:
         ConfigError: an entry names a folder.
     """
-    for key in ("label_maps", "number_maps", "holdout_maps"):
+    for key in KEYS:
         for entry in getattr(options, key):
             if "=" in entry or key == "holdout_maps":
                 raise ConfigError(
@@ -146,7 +171,7 @@ def map_columns(options: SourceOptions) -> tuple[str, ...]:
 def map_sizes(folders: Sequence[MapFolder], relative_paths: Sequence[str]) -> list[str]:
     """Bytes of the maps of each image, such as `segmentation:512 depth:1024`, which change when a map does; `-` where there is none.
 
-    Images without a map are named in the log: what needs the map leaves them out.
+    How many images have no map is logged, with one of them: what needs the map leaves these out.
 
     Raises:
         ConfigError: no image has a certain map.

@@ -93,6 +93,12 @@ def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Tabl
             f"{key} leads to {file}, but it has no column {missing[0]}, and maps are columns beside {IMAGE}. Its columns are "
             f"{', '.join(columns)}; name maps of these."
         )
+    for column in maps:
+        kind = parquet.schema_arrow.field(column).type
+        kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise ConfigError(f"{key} leads to {file}, but its {column} column is {kind}, and maps are encoded images. Store their bytes.")
+    columns = [column for column in columns if column not in maps]  # a map may be called label
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
     if IMAGE in columns:
         uris = [f"{SCHEME}{file}#{row}" for row in range(n)]

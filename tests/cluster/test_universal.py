@@ -72,7 +72,7 @@ def test_a_conversion_that_changes_a_weight_is_refused(tmp_path, codes):
 
 
 def trust_files():
-    checkpoints.commit_problems = lambda commit: []
+    checkpoints.commit_problems = lambda commit, names=None: []
 
 
 def test_a_checkpoint_that_cannot_be_converted_is_refused(tmp_path, codes):

@@ -104,7 +104,7 @@ def test_maps_of_numbers_come_as_one_channel_of_pixels():
 @pytest.mark.parametrize(
     "tokenizer, words",
     [
-        ({"input": "weather"}, ["16 images in a row cannot be used"]),
+        ({"input": "weather"}, ["16 images in a row cannot be used", "no weather"]),
         ({"input": "segmentation"}, ["tokenizer.num_labels is not set"]),
         ({"input": "segmentation", "num_labels": 2}, ["tokenizer.num_labels is 2", "has the id", "Use at least"]),
         ({"input": "depth", "num_labels": 9}, ["tokenizer.num_labels is 9", "a map of numbers"]),

@@ -3,6 +3,8 @@
 import io
 import logging
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +41,16 @@ def paletted(ids: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def few_bits(ids: np.ndarray, bits: int) -> bytes:
+    """A grey PNG of so many bits per pixel, which Pillow reads but does not write."""
+    h, w = ids.shape
+    packed = np.packbits(np.unpackbits(ids.astype(np.uint8)[..., None], axis=-1)[..., -bits:].reshape(h, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", w, h, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def picture(value: int) -> bytes:
     return encoded(np.full((*SHAPE, 3), value, np.uint8))
 
@@ -65,7 +77,7 @@ def source_of(folder, **changes):
         "number_maps": (f"depth={folder}/depth",),
         **changes,
     }
-    return open_source(SourceOptions(name="image-folder", **options), IMAGES)
+    return open_source(SourceOptions(name="image-folder", **options), IMAGES, ["segmentation", "depth", "image"])
 
 
 def examples(source, split: str = "train") -> dict[int, dict[str, np.ndarray]]:
@@ -92,7 +104,7 @@ def test_maps_of_parquet_files_are_columns(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=4)
     options = SourceOptions(name="parquet", path=str(tmp_path), label_maps=("annotation",), number_maps=("depth",))
-    for i, maps in examples(open_source(options, IMAGES)).items():
+    for i, maps in examples(open_source(options, IMAGES, ["annotation", "depth"])).items():
         assert np.array_equal(maps["annotation"], LABELS + i) and np.abs(maps["depth"] - DEPTH).max() < 1e-4
 
 
@@ -124,8 +136,11 @@ def test_maps_of_a_list_file_follow_the_paths_in_it(folder):
         (encoded(LABELS > 75), LABELS > 75),
         (encoded(LABELS, "NPY"), LABELS),
         (encoded(LABELS.astype(np.uint8), "TIFF"), LABELS),
+        (encoded(LABELS[..., None], "NPY"), LABELS),
+        (few_bits(LABELS % 4, 2), LABELS % 4),
+        (few_bits(LABELS % 16, 4), LABELS % 16),
     ],
-    ids=["grey", "palette", "16 bits", "1 bit", "npy", "tiff"],
+    ids=["grey", "palette", "16 bits", "1 bit", "npy", "tiff", "npy of one channel", "2 bits", "4 bits"],
 )
 def test_ids_come_as_they_are_stored(data, expected):
     options = SourceOptions(label_maps=("segmentation",))
@@ -140,8 +155,10 @@ def test_ids_come_as_they_are_stored(data, expected):
         (encoded((DEPTH * 65535).round().astype(np.uint16)), 1e-5),
         (encoded(DEPTH, "TIFF"), 0),
         (encoded(DEPTH.astype(np.float64), "NPY"), 1e-7),
+        (encoded((DEPTH * 65535).round().astype(">u2"), "NPY"), 1e-5),
+        (encoded((DEPTH * 255).round().astype(np.uint8), "GIF"), 0.002),
     ],
-    ids=["8 bits", "16 bits", "float tiff", "npy"],
+    ids=["8 bits", "16 bits", "float tiff", "npy", "other byte order", "grey palette"],
 )
 def test_numbers_are_scaled_by_the_bits_they_have(data, tolerance):
     options = SourceOptions(number_maps=("depth",))
@@ -154,6 +171,7 @@ def test_numbers_are_scaled_by_the_bits_they_have(data, tolerance):
     [
         ("label_maps", picture(9), "unfit-map.*map: a map has one channel, but this image is RGB"),
         ("label_maps", encoded(DEPTH, "TIFF"), "unfit-map.*whole numbers, but this one holds float32"),
+        ("number_maps", paletted(LABELS), "unfit-map.*a map of numbers is grey, but this image has colours"),
         ("number_maps", encoded(LABELS.astype(np.int32), "NPY"), "unfit-map.*floats or 8 or 16 bits, but this one holds int32"),
         ("number_maps", encoded(np.zeros((3, *SHAPE)), "NPY"), r"unfit-map.*this array is of \(3, 18, 20\)"),
         ("label_maps", encoded(LABELS[:9].astype(np.uint8)), "unfit-map.*map has 20 x 9 pixels and the image 20 x 18"),
@@ -161,7 +179,7 @@ def test_numbers_are_scaled_by_the_bits_they_have(data, tolerance):
         ("label_maps", b"not a picture", "not-an-image.*map: "),
         ("label_maps", b"", "empty.*map: "),
     ],
-    ids=["colours", "labels of floats", "wide numbers", "three dimensions", "another size", "cut npy", "no image", "empty"],
+    ids=["colours", "floats", "coloured numbers", "wide numbers", "3-D", "another size", "cut npy", "no image", "empty"],
 )
 def test_a_map_that_cannot_be_used_makes_a_bad_image(kind, data, words):
     with pytest.raises(BadImage, match=words):
@@ -192,13 +210,66 @@ def test_the_listing_changes_with_a_map(folder):
     assert before["uri"].equals(after["uri"]) and not before["etag"].equals(after["etag"])
 
 
+def test_upper_case_suffixes_and_names_with_dots(folder):
+    for name in ("images", "segmentation", "depth"):
+        suffix = "npy" if name == "depth" else "png"
+        (folder / name / "class0" / f"0.{suffix}").rename(folder / name / "class0" / f"a.b.{suffix.upper()}")
+    assert list(examples(source_of(folder))[0]) == ["segmentation", "depth"]
+
+
+def test_two_files_for_one_map_are_refused(folder):
+    write(folder / "depth/class0/0.png", encoded(LABELS.astype(np.uint8)))
+    with pytest.raises(ConfigError, match="more than one file there is that of class0/0, such as .*0.png. Keep one"):
+        source_of(folder).list_images("train")
+
+
+def test_maps_among_the_images_are_refused(folder):
+    for place in (f"{folder}/images", f"{folder}/images/labels"):
+        with pytest.raises(ConfigError, match="within .*images, where every file counts as an image. Move the maps beside it"):
+            source_of(folder, label_maps=(f"segmentation={place}",))
+
+
+def test_paths_of_a_list_need_not_be_tidy(folder):
+    (folder / "train.txt").write_text("./images/class0/0.png\nimages/class1/../class1/1.png\n")
+    for name in ("segmentation", "depth"):
+        (folder / "maps" / name).mkdir(parents=True)
+        (folder / name).rename(folder / "maps" / name / "images")
+    maps = {"label_maps": (f"segmentation={folder}/maps/segmentation",), "number_maps": (f"depth={folder}/maps/depth",)}
+    found = examples(source_of(folder, path=f"{folder}/train.txt", **maps))
+    assert [list(found[i]) for i in (0, 1)] == [["segmentation", "depth"]] * 2
+
+
+def test_maps_that_are_not_needed_change_nothing(folder):
+    write(folder / "segmentation/class0/0.png", b"damaged")
+    options = SourceOptions(name="image-folder", path=f"{folder}/images", label_maps=(f"segmentation={folder}/segmentation",))
+    plain = open_source(SourceOptions(name="image-folder", path=f"{folder}/images"), IMAGES)
+    source = open_source(options, IMAGES)
+    assert source.list_images("train").equals(plain.list_images("train"))
+    for uri in source.list_images("train")["uri"].to_pylist():
+        assert source.fetch(uri) == plain.fetch(uri) and source.decode(source.fetch(uri)).conditions == {}
+
+
+def test_sources_without_map_files_refuse_them():
+    with pytest.raises(ConfigError, match="source.label_maps is .*, but only image-folder and parquet read maps. Leave it out"):
+        open_source(SourceOptions(name="scenes", label_maps=("segmentation=a",)), IMAGES)
+
+
+def test_a_map_in_parquet_may_be_called_label(tmp_path):
+    columns = {"image": [picture(0)], "label": [{"bytes": encoded(LABELS.astype(np.uint8)), "path": "x"}]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = open_source(SourceOptions(name="parquet", path=str(tmp_path), label_maps=("label",)), IMAGES, ["label"])
+    assert source.class_names == () and np.array_equal(examples(source)[0]["label"], LABELS)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"label_maps": ("segmentation",)}, "source.label_maps names segmentation, .* Write segmentation=FOLDER"),
         ({"label_maps": ("depth=a",)}, "source.number_maps names depth=.*a name of its own"),
         ({"label_maps": ("image=a",)}, "source.label_maps names image=a.* which is not image"),
-        ({"holdout_path": ".", "holdout_maps": ("edges=a",)}, "source.holdout_maps names edges, but the maps are segmentation, depth"),
+        ({"label_maps": ("segmentation=a", "segmentation=b")}, "source.label_maps names segmentation=b, .* a name of its own"),
+        ({"label_maps": (), "holdout_path": ".", "holdout_maps": ("segmentation=a",)}, "names segmentation, but the maps are depth"),
+        ({"holdout_path": ".", "holdout_maps": ("depth=a", "depth=b")}, "source.holdout_maps names depth more than once"),
         ({"holdout_maps": ("segmentation=a",)}, "source.holdout_maps is .*, but held-out images lie in .*, as the others do"),
         ({"label_maps": ("segmentation=/nowhere",)}, "The segmentation of images is in /nowhere, but no image has one"),
     ],
@@ -212,10 +283,11 @@ def test_entries_that_do_not_fit_are_refused(folder, changes, words):
     "changes, words",
     [
         ({"label_maps": ("mask=folder",)}, "source.label_maps names mask=folder, but maps in Parquet files are columns"),
-        ({"label_maps": ("mask",)}, "it has no column mask, .* Its columns are image; name maps of these"),
+        ({"label_maps": ("number",)}, "its number column is int64, and maps are encoded images. Store their bytes"),
+        ({"label_maps": ("mask",)}, "it has no column mask, .* Its columns are image, number; name maps of these"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(tmp_path, changes, words):
-    pq.write_table(pa.table({"image": [picture(0)]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [picture(0)], "number": [3]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=words):
-        open_source(SourceOptions(name="parquet", path=str(tmp_path), **changes), IMAGES)
+        open_source(SourceOptions(name="parquet", path=str(tmp_path), **changes), IMAGES, ["mask", "number"])

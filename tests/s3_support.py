@@ -1,13 +1,14 @@
 """A real S3 server on the loopback device: SeaweedFS, started and stopped by tests."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -104,16 +105,18 @@ def running_server(folder: str) -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports such that +10000, which SeaweedFS uses for gRPC, is a port too."""
-    sockets: list[socket.socket] = []
-    while len(sockets) < count:
-        candidate = socket.socket()
-        candidate.bind(("127.0.0.1", 20000 + int.from_bytes(os.urandom(2), "little") % 8000))
-        sockets.append(candidate)
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that are free with those 10000 above them, which SeaweedFS uses for gRPC; all below those that connections are given."""
+    with ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.randrange(20000, 22700)
+            try:
+                for number in (port, port + 10000):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            except OSError:
+                continue
+            ports.append(port)
+        return ports
 
 
 def server_command(folder: str, ports: list[int]) -> list[str]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline import storage
 from pipeline.sources import open_source
 from pipeline.sources.map_files import decode_packed, pack
 from stages.errors import BadImage, ConfigError
@@ -117,6 +118,19 @@ def test_held_out_maps_have_folders_of_their_own_or_the_same(folder):
     assert {i: int(maps["segmentation"][0, 0]) for i, maps in examples(source, "holdout").items()} == {0: 90, 1: 91}
     assert all(np.array_equal(maps["depth"], DEPTH) for maps in examples(source, "holdout").values())
     assert np.array_equal(examples(source)[5]["segmentation"], LABELS + 5)
+
+
+def test_maps_on_s3(folder, s3):
+    (folder / "depth/class0/2.npy").unlink()
+    for name in ("images", "segmentation", "depth"):
+        for path in (folder / name).rglob("*.*"):
+            storage.put_if_absent(f"{s3}/{path.relative_to(folder)}", path.read_bytes())
+    there, here = source_of(s3), source_of(folder)
+    assert there.list_images("train")["etag"].equals(here.list_images("train")["etag"])
+    found, expected = examples(there), examples(here)
+    assert list(found[2]) == ["segmentation"] and sorted(found) == sorted(expected)
+    for i, maps in expected.items():
+        assert all(np.array_equal(found[i][name], values) for name, values in maps.items())
 
 
 def test_maps_of_a_list_file_follow_the_paths_in_it(folder):

@@ -1,4 +1,4 @@
-"""Decoding: encoded bytes, whatever people store, to upright grey or RGB pixels. Pillow throughout."""
+"""Decoding: encoded bytes, whatever people store, to upright grey or RGB pixels, or maps of labels or numbers. Pillow throughout."""
 
 import io
 import struct

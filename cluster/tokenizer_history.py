@@ -11,7 +11,7 @@ from cluster.tokenizer_options import TokenizerJobOptions, fixed_options
 from pipeline.image_order import IMAGE_ORDER_VERSION, ImageOrder
 from pipeline.image_reader import ImageReader
 from pipeline.inputs import needed_maps
-from pipeline.sources import open_source
+from pipeline.sources import Source, open_source
 from stages.config import to_dict
 from stages.errors import ArtefactError
 
@@ -41,7 +41,11 @@ def list_training_images(options: TokenizerJobOptions) -> pa.Table:
     Raises:
         ConfigError: the source's, as when it has none.
     """
-    return open_source(options.source, options.images, needed_maps(options.tokenizer)).list_images("train").select(["image_id", "uri"])
+    return _source(options).list_images("train").select(["image_id", "uri"])
+
+
+def _source(options: TokenizerJobOptions) -> Source:
+    return open_source(options.source, options.images, needed_maps(options.tokenizer))
 
 
 def image_order(options: TokenizerJobOptions, hash_of_list: str, num_images: int) -> ImageOrder:
@@ -56,9 +60,8 @@ def image_order(options: TokenizerJobOptions, hash_of_list: str, num_images: int
 
 def image_reader(options: TokenizerJobOptions, inputs: TrainingInputs) -> ImageReader:
     """Reads the images of a training."""
-    source = open_source(options.source, options.images, needed_maps(options.tokenizer))
     order = image_order(options, inputs.list_hash, inputs.num_images)
-    return ImageReader(source, order, options.images, options.tokenizer, options.tokenizer_train)
+    return ImageReader(_source(options), order, options.images, options.tokenizer, options.tokenizer_train)
 
 
 def commit_facts(options: TokenizerJobOptions, inputs: TrainingInputs, world_size: int) -> dict[str, Any]:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 import numpy as np
 
 from cluster import checkpoints, run_log
+from cluster.tokenizer_history import list_training_images
 from cluster.tokenizer_options import TokenizerJobOptions
 from pipeline.code_dataset import CodeDataset
 from pipeline.image_order import ImageOrder, list_hash
-from pipeline.inputs import needed_maps
 from pipeline.loader import dataset_order
 from pipeline.order import batch_index, rows_digest
-from pipeline.sources import open_source
 from stages.config import build
 from stages.errors import ArtefactError, TesseraError
 
@@ -83,7 +82,7 @@ def _listed_hash(commit: checkpoints.Commit) -> str | None:
     """Hash of the image list as it is now; None where the images are not at hand, for a proof of the sequence needs none of them."""
     options = build(TokenizerJobOptions, commit.content["options"])
     try:
-        return list_hash(open_source(options.source, options.images, needed_maps(options.tokenizer)).list_images("train"))
+        return list_hash(list_training_images(options))
     except (TesseraError, OSError) as error:
         logger.warning("The image list is not compared with that of the training: %s", error)
         return None

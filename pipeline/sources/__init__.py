@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Collection
 
 from pipeline.sources.contract import Example, Source, listing
-from pipeline.sources.map_files import with_maps
+from pipeline.sources.map_files import MAP_KEYS, with_maps
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
@@ -31,7 +31,7 @@ def open_source(options: SourceOptions, images: ImageOptions, maps: Collection[s
         ConfigError: no such source, or one that its options do not fit.
     """
     if options.name in SOURCES and options.name not in WITH_MAPS:
-        for key in ("label_maps", "number_maps", "holdout_maps"):
+        for key in MAP_KEYS:
             if getattr(options, key):
                 raise ConfigError(
                     f"source.{key} is {list(getattr(options, key))}, but only {' and '.join(WITH_MAPS)} read maps. Leave it out."

@@ -18,7 +18,7 @@ from stages.options import SourceOptions
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("label_maps", "number_maps", "holdout_maps")
+MAP_KEYS = ("label_maps", "number_maps", "holdout_maps")
 LOWER_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
 MAP_SUFFIXES = (*LOWER_SUFFIXES, *map(str.upper, LOWER_SUFFIXES))
 
@@ -26,7 +26,7 @@ MAP_SUFFIXES = (*LOWER_SUFFIXES, *map(str.upper, LOWER_SUFFIXES))
 def with_maps(options: SourceOptions, names: Collection[str]) -> SourceOptions:
     """The options with these maps only."""
     labels, numbers, holdout = (
-        tuple(entry for entry in getattr(options, key) if entry.partition("=")[0] in names) for key in KEYS
+        tuple(entry for entry in getattr(options, key) if entry.partition("=")[0] in names) for key in MAP_KEYS
     )
     return dataclasses.replace(options, label_maps=labels, number_maps=numbers, holdout_maps=holdout)
 
@@ -139,7 +139,7 @@ def map_folders(options: SourceOptions, is_holdout: bool) -> list[MapFolder]:
     """
     names = map_names(options)
     folders: dict[str, str] = {}
-    for key in KEYS if is_holdout else KEYS[:2]:
+    for key in MAP_KEYS if is_holdout else MAP_KEYS[:2]:
         entries = getattr(options, key)
         for entry in entries:
             name, _, folder = entry.partition("=")
@@ -159,7 +159,7 @@ def map_columns(options: SourceOptions) -> tuple[str, ...]:
     Raises:
         ConfigError: an entry names a folder.
     """
-    for key in KEYS:
+    for key in MAP_KEYS:
         for entry in getattr(options, key):
             if "=" in entry or key == "holdout_maps":
                 raise ConfigError(

@@ -25,9 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.pixel_metrics import psnr
 from stages.first_stage.pixels import to_float, to_uint8
 from stages.first_stage.quantizers.health import codebook_health
-from stages.first_stage.tokenizer import Tokenizer, psnr, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import tokenizer_config
 from stages.first_stage.training import FirstStageTrainer
 from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
@@ -132,8 +134,8 @@ def measure(tokenizer: Tokenizer, pixels_NHWC: Tensor) -> tuple[float, float, fl
         counts_K += torch.bincount(codes.flatten(), minlength=len(counts_K))
         if len(quality) * 256 < NUM_DECODED:
             images = tokenizer.decode(codes.view(len(pixels), *tokenizer.grid(IMAGES.size)))
-            quality.append(psnr(pixels, to_uint8(images)))
-    return *codebook_health(counts_K), torch.cat(quality).mean().item()
+            quality.append(psnr(pixels.numpy(), to_uint8(images).numpy()))
+    return *codebook_health(counts_K), float(np.concatenate(quality).mean())
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from evaluation.extractors import FEATURES, open_extractor
 from evaluation.frechet import Reference, frechet_distance
+from evaluation.pixel_metrics import psnr
 from evaluation.statistics import GaussianStatistics
 from pipeline.image_order import augmentation
 from pipeline.perceptual import load_lpips
@@ -33,7 +34,8 @@ from pipeline.views import render
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.lpips import Lpips
 from stages.first_stage.pixels import to_float, to_uint8
-from stages.first_stage.tokenizer import Tokenizer, psnr, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import tokenizer_config
 from stages.first_stage.training import FirstStageTrainer
 from stages.hashing import hash64
 from stages.options import EvaluationOptions, ImageOptions, TokenizerOptions, TokenizerTrainOptions
@@ -112,7 +114,7 @@ class Judge:
             codes = tokenizer.encode(to_float(pixels)).view(len(pixels), *tokenizer.grid(IMAGES.size))
             batches.append(to_uint8(tokenizer.decode(codes)))
         made = torch.cat(batches)
-        values = {"psnr": psnr(self.held_out, made).mean().item()}
+        values = {"psnr": float(psnr(self.held_out.numpy(), made.numpy()).mean())}
         values["fd"] = frechet_distance(self.statistics(made), self.real)
         if self.lpips is not None:
             values["lpips"] = self.lpips(to_float(self.held_out), to_float(made)).mean().item()

@@ -31,7 +31,8 @@ from cluster.peak_flops import measured_peak_flops
 from pipeline.encoding import encode_views, prepare_tokenizer
 from pipeline.probe import golden_images
 from stages.first_stage.pixels import to_float
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.memory import keep_freed_memory
 from stages.options import CodesOptions
 

@@ -33,7 +33,8 @@ from pipeline.tokenize_images import TokenizeOptions, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import apply_view
 from stages.first_stage.pixels import to_float
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.memory import keep_freed_memory
 from stages.options import CodesOptions, ImageOptions, SourceOptions, TokenizerOptions
 

@@ -13,7 +13,7 @@ from pipeline.loader import num_micro_batches
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.first_stage.tokenizer import tokenizer_config
+from stages.first_stage.tokenizer_config import tokenizer_config
 from stages.options import Config, DeepSpeedOptions, ScalingOptions, TokenizerTrainOptions, TrainOptions
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 

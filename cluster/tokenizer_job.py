@@ -20,7 +20,8 @@ from pipeline.tokenizers import store_tokenizer, tokenizer_fingerprint
 from stages.config import to_yaml
 from stages.errors import ConfigError
 from stages.first_stage.artefact import CONFIG
-from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import tokenizer_config
 
 logger = logging.getLogger(__name__)
 

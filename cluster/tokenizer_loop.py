@@ -31,7 +31,8 @@ from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_input
 from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
-from stages.first_stage.tokenizer import Tokenizer, num_channels, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import num_channels, tokenizer_config
 from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
 

@@ -9,7 +9,7 @@ from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.lpips import SMALLEST_IMAGE
 from stages.first_stage.quantizers.loss_weights import check_losses
-from stages.first_stage.tokenizer import tokenizer_config
+from stages.first_stage.tokenizer_config import tokenizer_config
 from stages.options import (
     ImageOptions,
     RunOptions,

@@ -8,7 +8,8 @@ from pipeline.sources import Example, Source
 from pipeline.sources.contract import IMAGE
 from pipeline.views import Crop, preprocessing_spec, render, render_map
 from stages.errors import BadImage, ConfigError
-from stages.first_stage.tokenizer import Tokenizer, num_channels
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import num_channels
 from stages.options import ImageOptions, TokenizerOptions
 
 NUM_TRIED = 100  # images that are tried for one that can be decoded

@@ -19,7 +19,8 @@ from pipeline.tokenizers import open_tokenizer
 from pipeline.views import preprocessing_spec
 from stages.config import to_dict
 from stages.first_stage.artefact import save_tokenizer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.options import (
     CodesOptions,
     ConditioningOptions,

@@ -3,7 +3,8 @@
 import torch
 
 from stages.first_stage.names import is_attention_matrix, renamer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 
 TINY = dict(
     resolution=256,

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from stages.config import build
-from stages.first_stage.tokenizer import TokenizerConfig
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.options import Config
 
 TINY_TOKENIZER = TokenizerConfig(

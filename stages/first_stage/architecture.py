@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.blocks import NUM_GROUPS
 from stages.first_stage.foreign import Foreign, name_some
 from stages.first_stage.names import is_attention_matrix
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
 from stages.project_config import Target, number
 
 PUBLISHED_RESOLUTION = 256
@@ -33,7 +33,7 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
     """The architecture of an autoencoder, read off the shapes of its tensors.
 
     Args:
-        foreign: the tensors of the autoencoder alone, and what an export wrote beside them: `resolution` and
+        foreign: the tensors of the autoencoder alone, and what an export wrote beside them: `resolution`, `num_norm_groups` and
             `attention_resolutions`, or nothing.
         rename: from CompVis names to those of the file.
         described: the autoencoder in its project file, for the resolution.
@@ -61,9 +61,10 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
     while rename(f"encoder.down.0.block.{num_blocks}.conv1.weight") in tensors:
         num_blocks += 1
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
-    if not widths or base % NUM_GROUPS or any(width % base for width in widths):
+    num_groups = marker.get("num_norm_groups", PUBLISHED_NORM_GROUPS)
+    if not widths or base % num_groups or any(width % base for width in widths):
         raise ArtefactError(
-            f"{path} has widths {[base, *widths]}, but the first must be a multiple of {NUM_GROUPS} and divide the "
+            f"{path} has widths {[base, *widths]}, but the first must be a multiple of {num_groups} and divide the "
             "others. Choose the checkpoint of a convolutional VQGAN."
         )
     described_resolution = _described_resolution(described, path) if described is not None else None
@@ -84,6 +85,7 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
         attention_resolutions=tuple(marker.get("attention_resolutions", attended)),
         z_channels=shape("decoder.conv_in.weight", 4)[1],
         quantizer="gumbel" if is_gumbel else "vq",
+        num_norm_groups=num_groups,
         middle_attention=rename("encoder.mid.attn_1.q.weight") in tensors,
     )
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from stages.config import build
 from stages.errors import ArtefactError
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 
 WEIGHTS, CONFIG = "tokenizer.safetensors", "config.json"
 FORMAT_VERSION = 1

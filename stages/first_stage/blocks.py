@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_GROUPS = 32
+from stages.first_stage.tokenizer_config import TokenizerConfig
+
 NORM_EPS = 1e-6
 
 
 class Norm(nn.GroupNorm):
     """GroupNorm whose statistics are computed in float32 whatever the autocast mode."""
 
-    def __init__(self, channels: int, num_groups: int = NUM_GROUPS, eps: float = NORM_EPS):
+    def __init__(self, channels: int, num_groups: int, eps: float = NORM_EPS):
         super().__init__(num_groups, channels, eps=eps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -38,11 +39,11 @@ def silu(x: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     """norm, SiLU, 3x3 convolution, twice, around a shortcut (1x1 where the width changes)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, num_groups: int):
         super().__init__()
-        self.norm1 = Norm(in_channels)
+        self.norm1 = Norm(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(out_channels)
+        self.norm2 = Norm(out_channels, num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -56,9 +57,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, added to its input."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, num_groups: int):
         super().__init__()
-        self.norm = Norm(channels)
+        self.norm = Norm(channels, num_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -102,16 +103,16 @@ class _Level(nn.Module):
         in_channels: int,
         out_channels: int,
         num_blocks: int,
+        config: TokenizerConfig,
         *,
         attention: bool,
-        dropout: float,
         downsample: bool = False,
         upsample: bool = False,
     ):
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+        widths, groups = [in_channels] + [out_channels] * num_blocks, config.num_norm_groups
+        self.block = nn.ModuleList(ResnetBlock(a, b, config.dropout, groups) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
         self.downsample = Downsample(out_channels) if downsample else None
         self.upsample = Upsample(out_channels) if upsample else None
 
@@ -128,11 +129,12 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float, attention: bool):
+    def __init__(self, channels: int, config: TokenizerConfig):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        groups = config.num_norm_groups
+        self.block_1 = ResnetBlock(channels, channels, config.dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups) if config.middle_attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, config.dropout, groups)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x_BCHW)))
@@ -141,31 +143,18 @@ class _Middle(nn.Module):
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) to features (B, z_channels, H / f, W / f) with f = 2 ** (number of levels - 1)."""
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        base_channels: int,
-        channel_multipliers: tuple[int, ...],
-        num_res_blocks: int,
-        attention_resolutions: tuple[int, ...],
-        resolution: int,
-        z_channels: int,
-        dropout: float,
-        middle_attention: bool = True,
-    ):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [base_channels * m for m in channel_multipliers]
-        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, (before, width) in enumerate(zip([base_channels] + widths, widths)):
-            attention = resolution >> i in attention_resolutions
-            halves = i < len(widths) - 1
-            level = _Level(before, width, num_res_blocks, attention=attention, dropout=dropout, downsample=halves)
+        for i, (before, width) in enumerate(zip([config.base_channels] + widths, widths)):
+            attention, halves = config.resolution >> i in config.attention_resolutions, i < len(widths) - 1
+            level = _Level(before, width, config.num_res_blocks, config, attention=attention, downsample=halves)
             self.down.append(level)
-        self.mid = _Middle(widths[-1], dropout, middle_attention)
-        self.norm_out = Norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.mid = _Middle(widths[-1], config)
+        self.norm_out = Norm(widths[-1], config.num_norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         hidden = self.conv_in(x_BCHW)
@@ -175,35 +164,23 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) to images (B, out_channels, h * f, w * f), not squashed or clamped.
+    """Features (B, z_channels, h, w) to images (B, in_channels, h * f, w * f), not squashed or clamped.
 
     `up` is stored from high to low resolution and run backwards, as in the published checkpoints.
     """
 
-    def __init__(
-        self,
-        *,
-        out_channels: int,
-        base_channels: int,
-        channel_multipliers: tuple[int, ...],
-        num_res_blocks: int,
-        attention_resolutions: tuple[int, ...],
-        resolution: int,
-        z_channels: int,
-        dropout: float,
-        middle_attention: bool = True,
-    ):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [base_channels * m for m in channel_multipliers]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1], dropout, middle_attention)
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1], config)
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(zip(widths[1:] + widths[-1:], widths)):
-            attention = resolution >> i in attention_resolutions
-            level = _Level(before, width, num_res_blocks + 1, attention=attention, dropout=dropout, upsample=i > 0)
+            attention = config.resolution >> i in config.attention_resolutions
+            level = _Level(before, width, config.num_res_blocks + 1, config, attention=attention, upsample=i > 0)
             self.up.append(level)
-        self.norm_out = Norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.norm_out = Norm(widths[0], config.num_norm_groups)
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         hidden = self.mid(self.conv_in(z_BCHW))

@@ -135,7 +135,7 @@ def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
         marker = content.get(MARKER, {})
     if not _is_marker(marker):
         raise ArtefactError(
-            f"{path} has {MARKER} {marker}, but resolutions must be positive integers. Export it again."
+            f"{path} has {MARKER} {marker}, but resolutions and groups must be positive integers. Export it again."
         )
     return marker
 
@@ -143,5 +143,5 @@ def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
 def _is_marker(marker: Any) -> bool:
     if not isinstance(marker, dict) or not isinstance(marker.get("attention_resolutions", ()), list | tuple):
         return False
-    numbers = [marker.get("resolution", 1), *marker.get("attention_resolutions", ())]
+    numbers = [marker.get("resolution", 1), marker.get("num_norm_groups", 1), *marker.get("attention_resolutions", ())]
     return all(type(number) is int and number > 0 for number in numbers)

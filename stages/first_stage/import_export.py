@@ -1,8 +1,8 @@
 """Tokenizers from and to the checkpoints of CompVis/taming-transformers, LlamaGen and diffusers.
 
-What the tensors cannot tell (the resolution the network was configured for, and whether a LlamaGen codebook may be
-normalised) an export writes beside them under `MARKER`, which foreign readers pass over. Without it a checkpoint counts
-as published: 256 pixels, and l2-normalised codes in LlamaGen files.
+What the tensors cannot tell (the resolution the network was configured for, the groups of its norms, and whether a LlamaGen
+codebook may be normalised) an export writes beside them under `MARKER`, which foreign readers pass over. Without it a
+checkpoint counts as published: 256 pixels, 32 groups, and l2-normalised codes in LlamaGen files.
 """
 
 import json
@@ -20,10 +20,10 @@ from torch import Tensor
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
 from stages.first_stage.artefact import fingerprint
-from stages.first_stage.blocks import NUM_GROUPS
 from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, MARKER, Foreign, name_some, read_foreign
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
 from stages.project_config import Project
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ Part = Literal["first_stage", "cond_stage"]
 FILES = {"compvis": "tokenizer.ckpt", "llamagen": "tokenizer.pt", "diffusers": DIFFUSERS_WEIGHTS[0]}
 DIFFUSERS_CONFIG = "config.json"
 # What shapes do not show and this project builds in one way only.
-DIFFUSERS_FIXED = {"norm_num_groups": NUM_GROUPS, "norm_type": "group", "act_fn": "silu"}
+DIFFUSERS_FIXED = {"norm_type": "group", "act_fn": "silu"}
 QUANTIZERS_OF = {"compvis": ("vq", "gumbel"), "llamagen": ("vq",), "diffusers": ("vq",)}
 # A transformer's checkpoint contains its tokenizers; what else it and latent-diffusion's models hold is no part of them.
 OTHER_PARTS = {
@@ -88,7 +88,7 @@ def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part:
             f"Choose {f'--format {found}' if found else 'a checkpoint of a convolutional VQGAN'}."
         )
     if found == "diffusers":
-        _check_diffusers_config(os.path.join(os.path.dirname(path), DIFFUSERS_CONFIG))
+        foreign = replace(foreign, marker={**foreign.marker, **_described_by_diffusers(os.path.dirname(path))})
     described = project.autoencoder(f"{part}_config") if project is not None else None
     rename = renamer(found, count_levels(list(tensors), found))
     config = infer_config(foreign, rename, described)
@@ -113,7 +113,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, a quantizer that it has not, or the folder holds such files already.
+        ConfigError: no such format, a quantizer or groups of channels that it has not, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -127,11 +127,17 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
             f"--format is {format}, but it has no quantizer {baked.config.quantizer}, which this tokenizer has. "
             f"{'Use --format compvis.' if baked.config.quantizer in QUANTIZERS_OF['compvis'] else 'Keep the tokenizer as it is.'}"
         )
+    if format != "diffusers" and baked.config.num_norm_groups != PUBLISHED_NORM_GROUPS:
+        raise ConfigError(
+            f"--format is {format}, but its code always normalises {PUBLISHED_NORM_GROUPS} groups and would decode other images: "
+            f"this tokenizer has tokenizer.num_norm_groups {baked.config.num_norm_groups}. Use --format diffusers."
+        )
     os.makedirs(folder, exist_ok=True)
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {
         "resolution": baked.config.resolution,
+        "num_norm_groups": baked.config.num_norm_groups,
         "attention_resolutions": baked.config.attention_resolutions,
         "codes": "euclidean",
     }
@@ -245,24 +251,33 @@ def _diffusers_config(config: TokenizerConfig) -> dict[str, Any]:
         "sample_size": config.resolution,
         "num_vq_embeddings": config.codebook_size,
         "vq_embed_dim": config.codebook_dim,
+        "norm_num_groups": config.num_norm_groups,
         "mid_block_add_attention": config.middle_attention,
         **DIFFUSERS_FIXED,
     }
 
 
-def _check_diffusers_config(path: str) -> None:
+def _described_by_diffusers(folder: str) -> dict[str, int]:
+    """What diffusers' config.json says that tensors do not show; nothing where there is no such file."""
+    path = os.path.join(folder, DIFFUSERS_CONFIG)
     if not os.path.exists(path):
-        return
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} holds {type(content).__name__}, but it must be a mapping. Fetch it again.")
     for key, value in DIFFUSERS_FIXED.items():
-        if isinstance(content, dict) and content.get(key, value) != value:
+        if content.get(key, value) != value:
             raise ArtefactError(
                 f"{path} has {key} {content[key]}, but only {value} is supported. Choose another model."
             )
+    num_groups = content.get("norm_num_groups", PUBLISHED_NORM_GROUPS)
+    if type(num_groups) is not int or num_groups < 1:
+        raise ArtefactError(f"{path} has norm_num_groups {num_groups}, but it must be a positive integer. Fetch it again.")
+    return {"num_norm_groups": num_groups}
 
 
 def _write_text(path: str, text: str) -> None:

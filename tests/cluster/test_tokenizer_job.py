@@ -19,7 +19,8 @@ from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from stages.config import select_sections
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.quantizers import QUANTIZERS
-from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import tokenizer_config
 
 TRAIN = {"precision": "fp32", "num_samples": 64, "checkpoint_every_steps": 2, "log_every_steps": 2, "min_crop": 0.7}
 

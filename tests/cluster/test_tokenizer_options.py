@@ -10,7 +10,8 @@ from cluster.job_plan import check_config
 from cluster.tokenizer_options import FREE, TokenizerJobOptions, check_training, fixed_options, num_steps
 from stages.config import load_config, select_sections
 from stages.errors import ConfigError
-from stages.first_stage.tokenizer import Tokenizer, tokenizer_config
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import tokenizer_config
 from stages.options import Config
 
 RECIPES = Path(__file__).parents[2] / "configs" / "tokenizers"

@@ -8,7 +8,8 @@ from evaluation.pixel_metrics import psnr, ssim
 from pipeline.sources import open_source
 from stages.errors import TesseraError
 from stages.first_stage.artefact import save_tokenizer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 IMAGES = ImageOptions(size=16)

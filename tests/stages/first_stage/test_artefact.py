@@ -11,7 +11,8 @@ from tests_support import TINY_TOKENIZER
 
 from stages.errors import ArtefactError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, save_tokenizer
-from stages.first_stage.tokenizer import LATER_FIELDS, Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import LATER_FIELDS, TokenizerConfig
 
 
 @pytest.fixture
@@ -108,6 +109,7 @@ def test_only_levels_add_a_key(kind, tmp_path):
         {"fsq_levels": [4, 3, 6]},
         {"fsq_levels": None},
         {"codebook_dim": None},
+        {"num_norm_groups": 7},
     ],
 )
 def test_a_contradictory_configuration_is_damage(change, tmp_path):

@@ -4,24 +4,27 @@ import pytest
 import torch
 
 from stages.first_stage.blocks import AttnBlock, Decoder, Encoder, Norm
+from stages.first_stage.tokenizer_config import TokenizerConfig
 
-SIZES = dict(
+CONFIG = TokenizerConfig(
+    in_channels=3,
+    codebook_size=32,
+    codebook_dim=4,
     base_channels=32,
     channel_multipliers=(1, 2),
     num_res_blocks=1,
     attention_resolutions=(16,),
     resolution=32,
     z_channels=8,
-    dropout=0.0,
 )
 
 
 @pytest.mark.parametrize(
     "module,shape",
     [
-        (Encoder(in_channels=3, **SIZES), (2, 3, 32, 32)),
-        (Decoder(out_channels=3, **SIZES), (2, 8, 16, 16)),
-        (AttnBlock(64), (2, 64, 8, 8)),
+        (Encoder(CONFIG), (2, 3, 32, 32)),
+        (Decoder(CONFIG), (2, 8, 16, 16)),
+        (AttnBlock(64, num_groups=32), (2, 64, 8, 8)),
     ],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -35,7 +38,7 @@ def test_inference_is_training_without_gradients(module, shape, layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_norm_of_bfloat16_has_statistics_in_float32(layout):
-    norm = Norm(64)
+    norm = Norm(64, num_groups=32)
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()

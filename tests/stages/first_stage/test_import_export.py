@@ -217,12 +217,41 @@ def test_a_diffusers_folder_describes_its_model(tmp_path):
     assert import_tokenizer(str(tmp_path / "out")).fingerprint == fingerprint(model)
 
 
-def test_a_diffusers_model_of_another_kind_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"norm_type": "spatial"}, "norm_type spatial, but only group"),
+        ({"norm_num_groups": 0}, "norm_num_groups 0, but it must be a positive integer"),
+        ({"norm_num_groups": 24}, r"widths \[32, 32, 64\], but the first must be a multiple of 24"),
+    ],
+)
+def test_a_diffusers_model_of_another_kind_is_refused(tmp_path, change, words):
     export_tokenizer(tokenizer(), "diffusers", str(tmp_path))
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "norm_num_groups": 16}))
-    with pytest.raises(ArtefactError, match="norm_num_groups 16"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtefactError, match=words):
         import_tokenizer(str(tmp_path))
+
+
+def test_a_diffusers_config_that_is_no_mapping_is_damage(tmp_path):
+    export_tokenizer(tokenizer(), "diffusers", str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ArtefactError, match="holds list, but it must be a mapping"):
+        import_tokenizer(str(tmp_path))
+
+
+def test_groups_are_told_by_an_exported_file_alone(tmp_path):
+    model = tokenizer(num_norm_groups=8)
+    file = export_tokenizer(model, "diffusers", str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    assert import_tokenizer(file).fingerprint == fingerprint(model)
+
+
+@pytest.mark.parametrize("format", ["compvis", "llamagen"])
+def test_groups_that_a_project_would_get_wrong_are_not_exported(tmp_path, format):
+    with pytest.raises(ConfigError, match="always normalises 32 groups.*num_norm_groups 8. Use --format diffusers"):
+        export_tokenizer(tokenizer(num_norm_groups=8), format, str(tmp_path))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 
 # Of the published f16 models; the left column is CompVis.
 EXAMPLES = [

@@ -11,8 +11,10 @@ from foreign_support import foreign
 from oracles import diffusers_vq_model, taming
 from safetensors.torch import save_file
 
+from stages.first_stage.artefact import fingerprint
 from stages.first_stage.import_export import export_tokenizer, import_tokenizer
-from stages.first_stage.tokenizer import Tokenizer, TokenizerConfig
+from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 
 SMALL = dict(
     resolution=256,
@@ -157,6 +159,19 @@ def test_three_projects_agree_on_codes_and_images(tmp_path, changes, side):
         assert torch.equal(tokenizer.encode(images).flatten(), codes)
         grid = (2, *tokenizer.grid(side))
         torch.testing.assert_close(tokenizer.decode(codes.view(grid)), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_diffusers_normalises_the_same_groups(tmp_path):
+    model = spread_codebook(randomise(Tokenizer(TokenizerConfig(**SMALL, num_norm_groups=8))).requires_grad_(False))
+    export_tokenizer(model, "diffusers", str(tmp_path))
+    theirs, images = diffusers_vq_model().from_pretrained(str(tmp_path)).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    ours = import_tokenizer(str(tmp_path))
+    assert ours.config.num_norm_groups == 8 and ours.fingerprint == fingerprint(model)
+    quantized, _, (_, _, codes) = theirs.quantize(theirs.encode(images).latents)
+    assert torch.equal(ours.encode(images).flatten(), codes)
+    expected = theirs.decode(quantized, force_not_quantize=True).sample
+    torch.testing.assert_close(ours.decode(codes.view(2, *ours.grid(32))), expected, atol=1e-4, rtol=0)
 
 
 def test_the_reference_list_of_tensors_is_met():

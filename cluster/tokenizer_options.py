@@ -9,7 +9,7 @@ from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.lpips import SMALLEST_IMAGE
 from stages.first_stage.quantizers.loss_weights import check_losses
-from stages.first_stage.tokenizer_config import tokenizer_config
+from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, num_norm_groups, tokenizer_config
 from stages.options import (
     ImageOptions,
     RunOptions,
@@ -47,6 +47,8 @@ FREE = {
     "images": {"views"},
     "tokenizer": {"path"},
 }
+# What a training had before there was an option for it.
+EARLIER = {"tokenizer.num_norm_groups": PUBLISHED_NORM_GROUPS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ def fixed_options(options: TokenizerJobOptions) -> dict[str, dict[str, object]]:
         for section, values in to_dict(options).items()
         if section != "scaling"
     }
+    fixed["tokenizer"]["num_norm_groups"] = num_norm_groups(options.tokenizer)
     train = options.tokenizer_train
     if train.decay == "none" and train.revive_every_steps == 0 and options.tokenizer.quantizer != "gumbel":
         del fixed["tokenizer_train"]["num_samples"]

@@ -113,7 +113,7 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         folder: local folder, made if it is missing.
 
     Raises:
-        ConfigError: no such format, a quantizer or groups of channels that it has not, or the folder holds such files already.
+        ConfigError: no such format, a quantizer that it has not, or the folder holds such files already.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format}, but it must be {', '.join(FORMATS)}. Choose one of them.")
@@ -126,11 +126,6 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         raise ConfigError(
             f"--format is {format}, but it has no quantizer {baked.config.quantizer}, which this tokenizer has. "
             f"{'Use --format compvis.' if baked.config.quantizer in QUANTIZERS_OF['compvis'] else 'Keep the tokenizer as it is.'}"
-        )
-    if format != "diffusers" and baked.config.num_norm_groups != PUBLISHED_NORM_GROUPS:
-        raise ConfigError(
-            f"--format is {format}, but its code always normalises {PUBLISHED_NORM_GROUPS} groups and would decode other images: "
-            f"this tokenizer has tokenizer.num_norm_groups {baked.config.num_norm_groups}. Use --format diffusers."
         )
     os.makedirs(folder, exist_ok=True)
     rename = renamer(format, len(baked.config.channel_multipliers))
@@ -147,6 +142,14 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
         logger.warning(
             "The codebook of this tokenizer is not of unit length. LlamaGen's own code normalises it and gets other "
             "codes; importing the file here does not."
+        )
+    if format != "diffusers" and baked.config.num_norm_groups != PUBLISHED_NORM_GROUPS:
+        logger.warning(
+            "The norms of this tokenizer have %d groups. %s's own code has %d, loads the file all the same and gets other codes and "
+            "images; importing the file here does not, and diffusers can be told.",
+            baked.config.num_norm_groups,
+            format,
+            PUBLISHED_NORM_GROUPS,
         )
     if format == "diffusers":
         config_text = json.dumps(_diffusers_config(baked.config), indent=2)

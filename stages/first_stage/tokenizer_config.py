@@ -8,6 +8,7 @@ from stages.first_stage.quantizers.shape import codebook_shape
 from stages.options import ImageOptions, TokenizerOptions
 
 PUBLISHED_NORM_GROUPS = 32
+CHANNELS_PER_GROUP = 4  # at full resolution, as published models have 128 channels there
 # Fields that came after the first fingerprints count only where they differ, so that what was there keeps its own.
 LATER_FIELDS: dict[str, Any] = {"middle_attention": True, "fsq_levels": (), "num_norm_groups": PUBLISHED_NORM_GROUPS}
 
@@ -54,11 +55,7 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
         ConfigError: the image cannot be halved that often, a width does not fit the normalisation groups, or size and width
             of the codebook contradict each other or the quantizer.
     """
-    if options.base_channels % options.num_norm_groups:
-        raise ConfigError(
-            f"tokenizer.base_channels is {options.base_channels}, but it must be a multiple of tokenizer.num_norm_groups, "
-            f"{options.num_norm_groups}. Use {-(-options.base_channels // options.num_norm_groups) * options.num_norm_groups}."
-        )
+    num_groups = num_norm_groups(options)
     if not options.channel_multipliers:
         raise ConfigError("tokenizer.channel_multipliers is [], but a network has at least one level. Write e.g. [1, 2, 4].")
     factor = 2 ** (len(options.channel_multipliers) - 1)
@@ -81,8 +78,27 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
         quantizer=options.quantizer,
         dropout=options.dropout,
         fsq_levels=options.fsq_levels,
-        num_norm_groups=options.num_norm_groups,
+        num_norm_groups=num_groups,
     )
+
+
+def num_norm_groups(options: TokenizerOptions) -> int:
+    """Groups of channels in every norm.
+
+    A network whose norms have a channel or two to a group learns to blow up single places, by which it carries magnitudes past the
+    norm: the droplets of Karras et al. 2020 (StyleGAN2, section 2).
+
+    Raises:
+        ConfigError: the channels at full resolution cannot be shared out evenly.
+    """
+    base, asked = options.base_channels, options.num_norm_groups
+    divisor = asked or CHANNELS_PER_GROUP
+    if base % divisor:
+        rule = f"tokenizer.num_norm_groups, {asked}" if asked else f"{CHANNELS_PER_GROUP} unless tokenizer.num_norm_groups is given"
+        raise ConfigError(
+            f"tokenizer.base_channels is {base}, but it must be a multiple of {rule}. Use {-(-base // divisor) * divisor}."
+        )
+    return asked or base // CHANNELS_PER_GROUP
 
 
 def num_channels(options: TokenizerOptions, images: ImageOptions) -> int:

@@ -1,5 +1,7 @@
 """The first stage's training in real process groups (gloo), without Ray: exact resume, faults that are undone, refusals, proof."""
 
+import copy
+import dataclasses
 import os
 import shutil
 
@@ -183,6 +185,22 @@ def test_what_changes_no_step_may_change(undisturbed, tmp_path):
     train_options = {**EVERYTHING["tokenizer_train"], "checkpoint_every_steps": 1, "keep_checkpoints": 5}
     options = options_for(tmp_path / "elsewhere", tokenizer=EVERYTHING["tokenizer"], tokenizer_train=train_options)
     check_resumable(commit, options, inputs_for(options))
+
+
+def test_a_training_from_before_norm_groups_were_an_option_has_those_of_published_models(undisturbed, tmp_path):
+    _, _, commit = undisturbed
+    content = copy.deepcopy(commit.content)
+    del content["fixed_options"]["tokenizer"]["num_norm_groups"]
+    before = dataclasses.replace(commit, content=content)
+
+    def options(**groups):
+        merged = {**EVERYTHING, "tokenizer": {**EVERYTHING["tokenizer"], **groups}}
+        return options_for(tmp_path / "elsewhere", **merged)
+
+    with pytest.raises(ArtefactError, match="num_norm_groups is 8, but .* trained with 32"):
+        check_resumable(before, options(), inputs_for(options()))
+    check_resumable(before, options(num_norm_groups=32), inputs_for(options()))
+    check_resumable(commit, options(num_norm_groups=8), inputs_for(options()))
 
 
 def test_old_commits_are_pruned_and_the_log_stays_whole(tmp_path):

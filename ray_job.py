@@ -30,13 +30,11 @@ def checked_config(args: argparse.Namespace) -> Config:
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render
     from pipeline.inputs import needed_maps
-    from pipeline.job_options import section_paths
+    from pipeline.job_options import check_reachable_paths
     from pipeline.sources import open_source
-    from pipeline.storage import check_reachable
 
     config = checked_config(args)
-    for name, path in section_paths(config.source).items():
-        check_reachable(f"source.{name}", path)
+    check_reachable_paths("source", config.source)
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(
         config,

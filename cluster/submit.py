@@ -5,7 +5,6 @@ to everyone who may look at the cluster, so nothing secret is among them: creden
 """
 
 import argparse
-import dataclasses
 import ipaddress
 import logging
 import os
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 
 from cluster.job_client import connect, explained, follow, use_cluster
 from pipeline import storage
-from pipeline.job_options import named_paths
+from pipeline.job_options import named_paths, section_paths
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
 from stages.options import NightlyOptions
@@ -38,13 +37,13 @@ PYTHON_MISSING = 127  # the same for a command that is not there
 # Which sections of a configuration a command takes paths from.
 SECTIONS = {
     "plan": ("source",),
-    "train-tokenizer": ("source", "tokenizer"),
+    "train-tokenizer": ("source", "tokenizer", "tokenizer_train"),
     "tokenize": ("source", "tokenizer", "codes"),
-    "train": ("run", "tokenizer", "codes", "train"),
-    "sample": ("run", "tokenizer", "sampling"),
-    "evaluate": ("run", "source", "tokenizer", "codes", "evaluation"),
+    "train": ("run", "tokenizer", "codes", "conditioning", "train"),
+    "sample": ("run", "tokenizer", "conditioning", "sampling"),
+    "evaluate": ("run", "source", "tokenizer", "codes", "conditioning", "evaluation"),
     "reference": ("source", "evaluation"),
-    "nightly": ("run", "source", "tokenizer", "codes", "evaluation", "nightly"),
+    "nightly": ("run", "source", "tokenizer", "codes", "conditioning", "evaluation", "nightly"),
 }
 # Arguments that are paths, with what the command line calls them.
 PATH_ARGUMENTS = {
@@ -228,11 +227,8 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
 
 
 def _section_paths(section: str, options: Any) -> dict[str, str]:
-    names = [
-        field.name for field in dataclasses.fields(options) if field.name == "path" or field.name.endswith("_path")
-    ]
-    found = {f"{section}.{name}": path for name in names if (path := getattr(options, name)) is not None}
-    found |= {f"{section}.{name}": path for name, path in named_paths(options).items()}
+    named = {**section_paths(options), **named_paths(options)}
+    found = {f"{section}.{name}": path for name, path in named.items()}
     runs = options.runs if isinstance(options, NightlyOptions) else ()
     return found | {f"{section}.runs[{i}]": path for i, path in enumerate(runs)}
 

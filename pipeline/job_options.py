@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
+from pipeline.sources.map_files import MAP_KEYS
 from pipeline.storage import absolute, check_reachable
 from stages.config import select_sections
 from stages.options import Config
@@ -19,7 +20,7 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
 
     def resolve(section: Any) -> Any:
         paths = {name: absolute(path) for name, path in section_paths(section).items()}
-        entries = {name: tuple(map(_absolute_entry, getattr(section, name))) for name in NAMED_PATHS if hasattr(section, name)}
+        entries = {name: tuple(map(_absolute_entry, getattr(section, name))) for name in MAP_KEYS if hasattr(section, name)}
         return dataclasses.replace(section, **paths, **entries)
 
     options = select_sections(
@@ -28,9 +29,7 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
         **extra,
     )
     for field in dataclasses.fields(options):  # type: ignore[arg-type]  # cls is one of the options dataclasses
-        section = getattr(options, field.name)
-        for name, path in {**section_paths(section), **named_paths(section)}.items():
-            check_reachable(f"{field.name}.{name}", path)
+        check_reachable_paths(field.name, getattr(options, field.name))
     return options
 
 
@@ -47,7 +46,15 @@ PATHS = (
     "perceptual_heads",
 )
 
-NAMED_PATHS = ("label_maps", "number_maps", "holdout_maps")  # lists of NAME=PATH
+
+def check_reachable_paths(name: str, section: Any) -> None:
+    """Refuses a section of the configuration whose paths cannot be used.
+
+    Raises:
+        StorageError: naming the key.
+    """
+    for key, path in {**section_paths(section), **named_paths(section)}.items():
+        check_reachable(f"{name}.{key}", path)
 
 
 def _absolute_entry(entry: str) -> str:
@@ -57,7 +64,7 @@ def _absolute_entry(entry: str) -> str:
 
 def named_paths(section: Any) -> dict[str, str]:
     """The paths in a section's lists of NAME=PATH, by key and name."""
-    entries = [(key, *entry.partition("=")) for key in NAMED_PATHS for entry in getattr(section, key, ())]
+    entries = [(key, *entry.partition("=")) for key in MAP_KEYS for entry in getattr(section, key, ())]
     return {f"{key}[{name}]": path for key, name, _, path in entries if path}
 
 

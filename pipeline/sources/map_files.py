@@ -18,7 +18,7 @@ from stages.options import SourceOptions
 
 logger = logging.getLogger(__name__)
 
-MAP_KEYS = ("label_maps", "number_maps", "holdout_maps")
+MAP_KEYS = ("label_maps", "number_maps", "holdout_maps")  # lists of NAME=PATH
 LOWER_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
 MAP_SUFFIXES = (*LOWER_SUFFIXES, *map(str.upper, LOWER_SUFFIXES))
 

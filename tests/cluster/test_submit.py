@@ -329,6 +329,14 @@ def parsed(*words: str) -> argparse.Namespace:
             ["train", "-c", "configs/demo.yaml", "run.path=s3://b/run", "tokenizer.path=/t", "codes.path=x/y"],
             "codes.path is x/y",
         ),
+        (
+            ["train-tokenizer", "-c", "configs/demo.yaml", "tokenizer.path=/t", "tokenizer_train.perceptual_vgg=vgg.pth"],
+            "tokenizer_train.perceptual_vgg is vgg.pth",
+        ),
+        (
+            ["train", "-c", "configs/demo.yaml", "run.path=/r", "tokenizer.path=/t", "codes.path=/c", "conditioning.codes_path=x/y"],
+            "conditioning.codes_path is x/y",
+        ),
         (["verify", "runs/x"], "PATH is runs/x"),
         (["demo"], "--output is demo_output"),
         (["import-tokenizer", "s3://b/f.ckpt", "--output", "s3://b/t", "--config", "my.yaml"], "--config is my.yaml"),

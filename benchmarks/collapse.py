@@ -36,7 +36,7 @@ from stages.first_stage.lpips import Lpips
 from stages.first_stage.pixels import to_float, to_uint8
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import tokenizer_config
-from stages.first_stage.training import FirstStageTrainer
+from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
 from stages.hashing import hash64
 from stages.options import EvaluationOptions, ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
@@ -138,7 +138,7 @@ def run_seed(seed: int, crops: Crops, judge: Judge, args: argparse.Namespace) ->
                 before = judge(trainer.averaged_tokenizer())
             numbers = step * args.batch_size + np.arange(args.batch_size)
             trainer.step(to_float(crops.take(numbers, seed)), step * args.batch_size)
-            if (step + 1) % options.revive_every_steps == 0 and step < 0.8 * args.num_steps:
+            if is_time_to_revive(options, step + 1):
                 trainer.revive_dead_codes()
             if step + 1 in after:
                 points.append({"step": step + 1, **judge(trainer.averaged_tokenizer())})

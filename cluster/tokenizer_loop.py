@@ -33,11 +33,10 @@ from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import num_channels, tokenizer_config
-from stages.first_stage.training import FirstStageTrainer
+from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
 from stages.memory import keep_freed_memory
 
 STATE, RESULT = "state.pt", "tokenizer.safetensors"  # everything to go on from; the weights that training is for
-REVIVAL_SHARE = 0.8  # of the training in which dead codes are revived; after it, none is disturbed any more
 
 
 def tokenizer_worker(
@@ -189,8 +188,7 @@ class TokenizerStage:
         train, health_K = self.options.tokenizer_train, self.trainer.health_counts_K
         num_done, total = step + 1, num_steps(train)
         is_logged = num_done % train.log_every_steps == 0 or num_done == total
-        every = train.revive_every_steps
-        revives = every > 0 and num_done % every == 0 and num_done < REVIVAL_SHARE * total
+        revives = is_time_to_revive(train, num_done)
         if not (is_logged or revives):
             return {}
         self._pool_counts()

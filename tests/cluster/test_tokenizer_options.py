@@ -64,7 +64,7 @@ def test_a_longer_training_is_another_one_unless_nothing_in_it_follows_its_lengt
 
     assert are_equal(decay="none", revive_every_steps=0)
     assert not are_equal(revive_every_steps=0)
-    assert not are_equal(decay="none", revive_every_steps=10), "the last fifth revives none"
+    assert not are_equal(decay="none", revive_every_steps=10), "the end of a training revives none"
     assert not are_equal(decay="none", revive_every_steps=0, tokenizer={"quantizer": "gumbel"})
 
 

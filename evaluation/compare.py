@@ -31,6 +31,7 @@ SUBJECT = frozenset(
 DISTANCES = ("fd", "fid", "sfid", "kd", "kid", "cmmd")  # with g in front of samples, r of reconstructions
 LOWER_IS_BETTER = {*(prefix + name for name in DISTANCES for prefix in ("", "g", "r")), "validation_nll", "lpips"}
 HIGHER_IS_BETTER = {"inception_score", "precision", "recall", "density", "coverage", "psnr", "ssim", "pixel_accuracy", "mean_iou"}
+CERTAIN = 1e6  # standard errors by which a value changed whose error bars are zero; finite, so that JSON holds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Difference:
         metric: its name.
         before, after: the values.
         standard_error: of their difference, as of independent measurements; None where one of them has no error bar.
-        worse_by: standard errors by which `after` is worse, negative if it is better; None without an error bar or
-            where neither direction is better.
+        worse_by: standard errors by which `after` is worse, negative if it is better, `CERTAIN` where both error bars are
+            zero; None without an error bar or where neither direction is better.
     """
 
     metric: str
@@ -127,8 +128,10 @@ def direction(metric: str) -> int:
 def _difference(metric: str, before: dict[str, Any], after: dict[str, Any]) -> Difference:
     errors = (before["standard_error"], after["standard_error"])
     error = math.hypot(*errors) if None not in errors else None
-    change = after["value"] - before["value"]
-    worse_by = direction(metric) * change / error if error and direction(metric) else None
+    worse = direction(metric) * (after["value"] - before["value"])
+    worse_by = None
+    if error is not None and direction(metric):
+        worse_by = worse / error if error else math.copysign(CERTAIN, worse) if worse else 0.0
     return Difference(
         metric=metric, before=before["value"], after=after["value"], standard_error=error, worse_by=worse_by
     )

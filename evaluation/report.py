@@ -211,7 +211,7 @@ def _regression_row(regression: Regression, links: Mapping[str, str]) -> dict[st
         "best_step": best.step,
         "best_value": _text(best.metrics[difference.metric]),
         "best_link": links.get(best.id),
-        "worse_by": f"{difference.worse_by:.1f}",
+        "worse_by": f"{difference.worse_by:,.1f}",
     }
 
 

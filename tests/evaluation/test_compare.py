@@ -1,5 +1,7 @@
 """Records of different protocols are refused with both sides named; what got worse is judged by its error bars."""
 
+import json
+
 import numpy as np
 import pytest
 from report_support import NAME, metric, record
@@ -67,6 +69,16 @@ def test_a_regression_is_worse_than_the_best_by_its_error_bars(gfds, flagged):
     if flagged:
         assert (found[0].best.step, found[0].record.step) == (200, 300)
         assert found[0].difference.worse_by == pytest.approx(15 / (3.3 * 2**0.5))
+
+
+@pytest.mark.parametrize("recall, flagged", [(0.0, True), (1.0, False)])
+def test_a_change_between_values_without_any_error_is_certain(recall, flagged):
+    """Shares are 0 or 1 in every block where samples collapsed."""
+    before, after = record(100, 90.0), record(200, 90.0)
+    before.metrics["recall"], after.metrics["recall"] = metric(1.0, 0.0), metric(recall, 0.0)
+    found = find_regressions([before, after], threshold=3.0)
+    assert [r.difference.metric for r in found] == (["recall"] if flagged else [])
+    assert all(json.loads(json.dumps(r.to_dict(), allow_nan=False))["worse_by"] > 1000 for r in found)
 
 
 def test_after_a_training_went_back_its_newest_record_is_judged_by_earlier_steps():

@@ -28,9 +28,10 @@ from torch import Tensor
 from evaluation.pixel_metrics import psnr
 from stages.first_stage.pixels import to_float, to_uint8
 from stages.first_stage.quantizers.health import codebook_health
+from stages.first_stage.quantizers.revival import is_time_to_revive
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
+from stages.first_stage.training import FirstStageTrainer
 from stages.options import ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
 logger = logging.getLogger("codebook_health")
@@ -103,7 +104,7 @@ def train(row: str, photographs: list[Tensor], num_steps: int, batch_size: int, 
     started, num_revived = time.monotonic(), 0
     for step in range(num_steps):
         metrics = trainer.step(to_float(crops(photographs, batch_size, seed=step)), step * batch_size)
-        if is_time_to_revive(training, step + 1):
+        if is_time_to_revive(training, step + 1, num_steps):
             num_revived += trainer.revive_dead_codes()
         if (step + 1) % 50 == 0:
             values = "  ".join(f"{name} {value.item():.4f}" for name, value in metrics.items())

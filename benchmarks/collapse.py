@@ -34,9 +34,10 @@ from pipeline.views import render
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.lpips import Lpips
 from stages.first_stage.pixels import to_float, to_uint8
+from stages.first_stage.quantizers.revival import is_time_to_revive
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
+from stages.first_stage.training import FirstStageTrainer
 from stages.hashing import hash64
 from stages.options import EvaluationOptions, ImageOptions, TokenizerOptions, TokenizerTrainOptions
 
@@ -138,7 +139,7 @@ def run_seed(seed: int, crops: Crops, judge: Judge, args: argparse.Namespace) ->
                 before = judge(trainer.averaged_tokenizer())
             numbers = step * args.batch_size + np.arange(args.batch_size)
             trainer.step(to_float(crops.take(numbers, seed)), step * args.batch_size)
-            if is_time_to_revive(options, step + 1):
+            if is_time_to_revive(options, step + 1, args.num_steps):
                 trainer.revive_dead_codes()
             if step + 1 in after:
                 points.append({"step": step + 1, **judge(trainer.averaged_tokenizer())})

@@ -13,8 +13,15 @@ from pipeline.loader import num_micro_batches
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.first_stage.tokenizer_config import tokenizer_config
-from stages.options import Config, DeepSpeedOptions, ScalingOptions, TokenizerTrainOptions, TrainOptions
+from stages.first_stage.tokenizer_config import num_norm_groups, tokenizer_config
+from stages.options import (
+    Config,
+    DeepSpeedOptions,
+    ScalingOptions,
+    TokenizerOptions,
+    TokenizerTrainOptions,
+    TrainOptions,
+)
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
 MAX_CODE_BITS = 16
@@ -132,7 +139,7 @@ def derive(
     steps_per_epoch = math.ceil(num_images / train.global_batch_size)
     memory = {size: _memory(config, transformer, size, gpu) for size in world_sizes}
     groups = {
-        "tokenizer training": _tokenizer_training(config.tokenizer_train, num_images),
+        "tokenizer training": _tokenizer_training(config.tokenizer, config.tokenizer_train, num_images),
         "code dataset": _code_dataset(config, num_images, transformer),
         "transformer": {
             "parameters": num_parameters(transformer),
@@ -183,12 +190,13 @@ def _by_size(world_sizes: list[int], value: Callable[[int], Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _tokenizer_training(train: TokenizerTrainOptions, num_images: int) -> dict[str, Any]:
+def _tokenizer_training(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, num_images: int) -> dict[str, Any]:
     steps = num_steps(train)
     numbers: dict[str, Any] = {
         "steps": steps,
         "epochs": steps * train.global_batch_size / num_images,
         "commits": math.ceil(steps / train.checkpoint_every_steps),
+        "groups of channels in norms": num_norm_groups(tokenizer),
     }
     if train.discriminator_weight:
         start, warm = train.discriminator_start_samples, train.discriminator_warm_samples

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from cluster.job_client import connect, explained, follow, use_cluster
 from pipeline import storage
-from pipeline.job_options import named_paths, section_paths
+from pipeline.job_options import section_paths
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
 from stages.options import NightlyOptions
@@ -227,8 +227,7 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
 
 
 def _section_paths(section: str, options: Any) -> dict[str, str]:
-    named = {**section_paths(options), **named_paths(options)}
-    found = {f"{section}.{name}": path for name, path in named.items()}
+    found = {f"{section}.{name}": path for name, path in section_paths(options).items()}
     runs = options.runs if isinstance(options, NightlyOptions) else ()
     return found | {f"{section}.runs[{i}]": path for i, path in enumerate(runs)}
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import ray
 
 from cluster import checkpoints
-from cluster.tokenizer_options import EARLIER, TokenizerJobOptions, fixed_options
+from cluster.tokenizer_options import BEFORE_THE_OPTION, TokenizerJobOptions, fixed_options
 from pipeline.image_order import IMAGE_ORDER_VERSION, ImageOrder
 from pipeline.image_reader import ImageReader
 from pipeline.inputs import needed_maps
@@ -93,7 +93,7 @@ def check_resumable(commit: checkpoints.Commit, options: TokenizerJobOptions, in
     for section, values in ours["fixed_options"].items():
         saved = content["fixed_options"].get(section, {})
         names = {key: f"{section}.{key}" for key in values}
-        pairs += [(names[key], value, saved.get(key, EARLIER.get(names[key]))) for key, value in values.items()]
+        pairs += [(names[key], value, saved.get(key, BEFORE_THE_OPTION.get(names[key]))) for key, value in values.items()]
     for key, asked, saved in pairs:
         if asked != saved:
             what = "the image list" if key in ("sampler.list_hash", "sampler.num_images") else key

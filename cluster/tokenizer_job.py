@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cluster import checkpoints, run_log
 from cluster.tokenizer_history import TrainingInputs, check_resumable, image_reader, list_training_images
 from cluster.tokenizer_loop import RESULT, worker_with
-from cluster.tokenizer_options import TokenizerJobOptions, check_training, num_steps, training_path
+from cluster.tokenizer_options import TokenizerJobOptions, check_training, num_steps, settle, training_path
 from cluster.worker_group import check_workers_fit, run_to_the_end
 from pipeline import storage
 from pipeline.image_order import list_hash
@@ -56,6 +56,7 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
             f"tokenizer.path is {options.tokenizer.path}, but the tokenizer there was not trained by this command. Use it as it "
             f"is, or another tokenizer.path to train one."
         )
+    options = settle(options, None if newest is None else newest.content["fixed_options"])
     inputs = _inputs(options)
     if newest is not None:
         check_resumable(newest, options, inputs)

@@ -31,9 +31,10 @@ from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_input
 from stages.first_stage.quantizers.health import codebook_health
 from stages.first_stage.quantizers.ranks import copy_from_first_rank, sum_over_ranks
+from stages.first_stage.quantizers.revival import is_time_to_revive
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import num_channels, tokenizer_config
-from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
+from stages.first_stage.training import FirstStageTrainer
 from stages.memory import keep_freed_memory
 
 STATE, RESULT = "state.pt", "tokenizer.safetensors"  # everything to go on from; the weights that training is for
@@ -188,7 +189,7 @@ class TokenizerStage:
         train, health_K = self.options.tokenizer_train, self.trainer.health_counts_K
         num_done, total = step + 1, num_steps(train)
         is_logged = num_done % train.log_every_steps == 0 or num_done == total
-        revives = is_time_to_revive(train, num_done)
+        revives = is_time_to_revive(train, num_done, total)
         if not (is_logged or revives):
             return {}
         self._pool_counts()

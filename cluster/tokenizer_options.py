@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pipeline import storage
 from stages.config import to_dict
@@ -9,6 +11,7 @@ from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.lpips import SMALLEST_IMAGE
 from stages.first_stage.quantizers.loss_weights import check_losses
+from stages.first_stage.quantizers.revival import revive_share
 from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, num_norm_groups, tokenizer_config
 from stages.options import (
     ImageOptions,
@@ -47,8 +50,8 @@ FREE = {
     "images": {"views"},
     "tokenizer": {"path"},
 }
-# What a training had before there was an option for it.
-EARLIER = {"tokenizer.num_norm_groups": PUBLISHED_NORM_GROUPS}
+# What a training has that began before there was an option for it.
+BEFORE_THE_OPTION: dict[str, int | float] = {"tokenizer.num_norm_groups": PUBLISHED_NORM_GROUPS, "tokenizer_train.revive_share": 0.8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,15 +143,37 @@ def check_batch(options: TokenizerJobOptions) -> None:
         )
 
 
+def settle(options: TokenizerJobOptions, begun: Mapping[str, Mapping[str, Any]] | None) -> TokenizerJobOptions:
+    """Puts a number where options leave it to a default that has changed: a training goes on with what it began with.
+
+    Args:
+        options: what is asked for; what it says itself stays.
+        begun: `fixed_options` of the training's newest commit; None for a new training.
+
+    Raises:
+        ConfigError: the channels of a new tokenizer cannot be shared out among its norms.
+    """
+
+    def number(section: str, key: str, new: Callable[[], Any]) -> Any:
+        return new() if begun is None else begun[section].get(key, BEFORE_THE_OPTION[f"{section}.{key}"])
+
+    tokenizer, train = options.tokenizer, options.tokenizer_train
+    if tokenizer.num_norm_groups is None:
+        groups = number("tokenizer", "num_norm_groups", lambda: num_norm_groups(tokenizer))
+        tokenizer = dataclasses.replace(tokenizer, num_norm_groups=groups)
+    if train.revive_share is None:
+        train = dataclasses.replace(train, revive_share=number("tokenizer_train", "revive_share", lambda: revive_share(train)))
+    return dataclasses.replace(options, tokenizer=tokenizer, tokenizer_train=train)
+
+
 def fixed_options(options: TokenizerJobOptions) -> dict[str, dict[str, object]]:
-    """The options that a training keeps from its first step to its last. A longer one is another one unless nothing in it follows its
-    length: not the learning rate, nor the time until which dead codes are revived, nor a temperature."""
+    """The options, after `settle`, that a training keeps from its first step to its last. A longer one is another one unless nothing in
+    it follows its length: not the learning rate, nor the time until which dead codes are revived, nor a temperature."""
     fixed = {
         section: {key: value for key, value in values.items() if key not in FREE.get(section, ())}
         for section, values in to_dict(options).items()
         if section != "scaling"
     }
-    fixed["tokenizer"]["num_norm_groups"] = num_norm_groups(options.tokenizer)
     train = options.tokenizer_train
     if train.decay == "none" and train.revive_every_steps == 0 and options.tokenizer.quantizer != "gumbel":
         del fixed["tokenizer_train"]["num_samples"]

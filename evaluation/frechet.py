@@ -4,7 +4,7 @@
 
 With S2 = B B^T the last trace is the sum of the roots of the eigenvalues of B^T S1 B, which is symmetric: real and
 non-negative by construction, and several times as fast as a matrix square root. B belongs to the reference and is
-computed once; it is lower triangular, which saves three quarters of the multiplications.
+computed once. It is lower triangular and the product symmetric, which together save three quarters of the multiplications.
 """
 
 from collections.abc import Sequence
@@ -51,9 +51,10 @@ def covariance_factor(covariance: np.ndarray) -> np.ndarray:
 
 
 def congruence(s_DD: torch.Tensor, b_DR: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of B^T S B, float64 (r, r), of a symmetric S (d, d) and a B (d, r) with zeros above its diagonal."""
+    """B^T S B, float64 (r, r), of a symmetric S (d, d) and a B (d, r) with zeros above its diagonal; only the lower triangle counts,
+    and what stands above it is undefined."""
     rank = b_DR.shape[1]
-    product = torch.empty(rank, rank, dtype=s_DD.dtype).T  # columns lie together, as LAPACK wants them: no copy there
+    product = torch.empty(rank, rank, dtype=s_DD.dtype).T  # columns lie together, as LAPACK wants them
     for start in range(0, rank, BLOCK_SIZE):
         columns = slice(start, start + BLOCK_SIZE)
         sb_DB = s_DD[start:, start:] @ b_DR[start:, columns]

@@ -19,7 +19,7 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
     """
 
     def resolve(section: Any) -> Any:
-        paths = {name: absolute(path) for name, path in section_paths(section).items()}
+        paths = {name: absolute(path) for name, path in _plain_paths(section).items()}
         entries = {name: tuple(map(_absolute_entry, getattr(section, name))) for name in MAP_KEYS if hasattr(section, name)}
         return dataclasses.replace(section, **paths, **entries)
 
@@ -48,27 +48,27 @@ PATHS = (
 
 
 def check_reachable_paths(name: str, section: Any) -> None:
-    """Refuses a section of the configuration whose paths cannot be used.
+    """Refuses a section of the configuration, called `name`, whose paths cannot be used.
 
     Raises:
         StorageError: naming the key.
     """
-    for key, path in {**section_paths(section), **named_paths(section)}.items():
+    for key, path in section_paths(section).items():
         check_reachable(f"{name}.{key}", path)
+
+
+def section_paths(section: Any) -> dict[str, str]:
+    """The paths that a section of the configuration names, by key; those in lists of NAME=PATH by key[NAME]."""
+    entries = [(key, *entry.partition("=")) for key in MAP_KEYS for entry in getattr(section, key, ())]
+    return _plain_paths(section) | {f"{key}[{name}]": path for key, name, _, path in entries if path}
+
+
+def _plain_paths(section: Any) -> dict[str, str]:
+    """Addresses on the web are none."""
+    values = {name: getattr(section, name, None) for name in PATHS}
+    return {name: value for name, value in values.items() if value and not value.startswith(("http://", "https://"))}
 
 
 def _absolute_entry(entry: str) -> str:
     name, _, path = entry.partition("=")
     return f"{name}={absolute(path)}" if path else entry
-
-
-def named_paths(section: Any) -> dict[str, str]:
-    """The paths in a section's lists of NAME=PATH, by key and name."""
-    entries = [(key, *entry.partition("=")) for key in MAP_KEYS for entry in getattr(section, key, ())]
-    return {f"{key}[{name}]": path for key, name, _, path in entries if path}
-
-
-def section_paths(section: Any) -> dict[str, str]:
-    """The paths that a section of the configuration names, by key; addresses on the web are none."""
-    values = {name: getattr(section, name, None) for name in PATHS}
-    return {name: value for name, value in values.items() if value and not value.startswith(("http://", "https://"))}

@@ -225,6 +225,12 @@ def test_usage_errors(capsys, tmp_path, monkeypatch, arguments, code, words):
     assert all(word in err for word in words), err
 
 
+def test_plan_names_maps_in_a_store_that_is_not_there(s3, capsys, tmp_path):
+    maps = "source.label_maps=[segmentation=s3://no-such-bucket/labels]"
+    code, _, err = run(capsys, "plan", "-c", write_config(str(tmp_path)), maps)
+    assert code == 1 and "source.label_maps[segmentation] is s3://no-such-bucket/labels, but" in err
+
+
 def test_plan_prints_what_follows_and_touches_nothing(capsys, tmp_path):
     config = write_config(str(tmp_path))
     code, plan, _ = run(capsys, "plan", "-c", config, "scaling.num_workers=2", "--json")

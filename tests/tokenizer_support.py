@@ -11,7 +11,7 @@ from train_support import never, nothing, start
 
 from cluster import checkpoints, run_log, tokenizer_loop, training_run
 from cluster.tokenizer_history import TrainingInputs, list_training_images
-from cluster.tokenizer_options import TokenizerJobOptions, training_path
+from cluster.tokenizer_options import TokenizerJobOptions, settle, training_path
 from pipeline.image_loader import ImageLoader
 from pipeline.image_order import list_hash
 from pipeline.order import batch_index
@@ -40,7 +40,7 @@ def without_ray(prepare=nothing):
 def options_for(folder, **sections):
     """Options of a tiny tokenizer training in a folder: six steps of 16 images, a commit every three."""
     train = {**TRAIN, **sections.pop("tokenizer_train", {})}
-    return select_sections(TokenizerJobOptions, tiny_config(folder, tokenizer_train=train, **sections))
+    return settle(select_sections(TokenizerJobOptions, tiny_config(folder, tokenizer_train=train, **sections)), None)
 
 
 def inputs_for(options):

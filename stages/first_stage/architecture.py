@@ -62,10 +62,14 @@ def infer_config(foreign: Foreign, rename: Callable[[str], str], described: Targ
         num_blocks += 1
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
     num_groups = marker.get("num_norm_groups", PUBLISHED_NORM_GROUPS)
-    if not widths or base % num_groups or any(width % base for width in widths):
+    if not widths or any(width % base for width in widths):
         raise ArtefactError(
-            f"{path} has widths {[base, *widths]}, but the first must be a multiple of {num_groups} and divide the "
-            "others. Choose the checkpoint of a convolutional VQGAN."
+            f"{path} has widths {[base, *widths]}, but the first must divide the others. Choose the checkpoint of a convolutional VQGAN."
+        )
+    if base % num_groups:
+        raise ArtefactError(
+            f"{path} has {base} channels at full resolution, but its norms' {num_groups} groups must divide them. Choose the checkpoint of "
+            f"a convolutional VQGAN, and check norm_num_groups in a config.json beside it."
         )
     described_resolution = _described_resolution(described, path) if described is not None else None
     resolution = marker.get("resolution", described_resolution or PUBLISHED_RESOLUTION)

@@ -102,7 +102,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
         config = build(TokenizerConfig, {k: v for k, v in content.items() if k not in HEADER})
         tokenizer = Tokenizer(config)
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
-    except (TypeError, RuntimeError, OSError, ValueError, SafetensorError) as error:
+    except (TypeError, RuntimeError, OSError, ValueError, ArithmeticError, SafetensorError) as error:
         raise ArtefactError(
             f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it."
         ) from error

@@ -1,8 +1,8 @@
 """Convolutional encoder and decoder of the VQGAN (Esser et al. 2020; layout of CompVis/taming-transformers).
 
 Module names are chosen so that state-dict keys equal those of the published checkpoints. Numerical parity depends on: GroupNorm
-with 32 groups and eps 1e-6, SiLU, padding only right and bottom before a strided convolution, nearest-neighbour upsampling, and
-attention placed by the resolution the network was configured for.
+with as many groups as the model had (32 in published ones) and eps 1e-6, SiLU, padding only right and bottom before a strided
+convolution, nearest-neighbour upsampling, and attention placed by the resolution the network was configured for.
 
 Shapes: B batch, C channels, H and W spatial, L = H * W.
 """

@@ -88,7 +88,7 @@ def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part:
             f"Choose {f'--format {found}' if found else 'a checkpoint of a convolutional VQGAN'}."
         )
     if found == "diffusers":
-        foreign = replace(foreign, marker={**foreign.marker, **_described_by_diffusers(os.path.dirname(path))})
+        foreign = replace(foreign, marker=_with_diffusers_config(foreign))
     described = project.autoencoder(f"{part}_config") if project is not None else None
     rename = renamer(found, count_levels(list(tensors), found))
     config = infer_config(foreign, rename, described)
@@ -260,11 +260,11 @@ def _diffusers_config(config: TokenizerConfig) -> dict[str, Any]:
     }
 
 
-def _described_by_diffusers(folder: str) -> dict[str, int]:
-    """What diffusers' config.json says that tensors do not show; nothing where there is no such file."""
-    path = os.path.join(folder, DIFFUSERS_CONFIG)
+def _with_diffusers_config(foreign: Foreign) -> dict[str, Any]:
+    """The marker with what diffusers' config.json, where there is one, says that tensors do not show."""
+    path = os.path.join(os.path.dirname(foreign.path), DIFFUSERS_CONFIG)
     if not os.path.exists(path):
-        return {}
+        return foreign.marker
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -277,10 +277,17 @@ def _described_by_diffusers(folder: str) -> dict[str, int]:
             raise ArtefactError(
                 f"{path} has {key} {content[key]}, but only {value} is supported. Choose another model."
             )
-    num_groups = content.get("norm_num_groups", PUBLISHED_NORM_GROUPS)
+    if "norm_num_groups" not in content:
+        return foreign.marker
+    num_groups, exported = content["norm_num_groups"], foreign.marker.get("num_norm_groups")
     if type(num_groups) is not int or num_groups < 1:
         raise ArtefactError(f"{path} has norm_num_groups {num_groups}, but it must be a positive integer. Fetch it again.")
-    return {"num_norm_groups": num_groups}
+    if exported not in (None, num_groups):
+        raise ArtefactError(
+            f"{path} has norm_num_groups {num_groups}, but {foreign.path} was exported with {exported}. Put the file's own "
+            f"{DIFFUSERS_CONFIG} beside it, or none."
+        )
+    return {**foreign.marker, "num_norm_groups": num_groups}
 
 
 def _write_text(path: str, text: str) -> None:

@@ -19,7 +19,7 @@ class TokenizerConfig:
 
     `quantizer` is a name in `QUANTIZERS`. Saving bakes those that only differ in training from "vq" (nearest entry,
     Euclidean) into one: "vq-l2", "vq-ema" and "simvq" are stored as "vq" with the codebook the decoder sees.
-    `middle_attention` is off in some published models.
+    `middle_attention` is off in some published models. A stored configuration without `num_norm_groups` has 32.
     """
 
     resolution: int
@@ -85,8 +85,9 @@ def tokenizer_config(options: TokenizerOptions, images: ImageOptions) -> Tokeniz
 def num_norm_groups(options: TokenizerOptions) -> int:
     """Groups of channels in every norm.
 
-    A network whose norms have a channel or two to a group learns to blow up single places, by which it carries magnitudes past the
-    norm: the droplets of Karras et al. 2020 (StyleGAN2, section 2).
+    Four channels to a group and at most as many groups as published models have, unless told otherwise. A network whose norms treat
+    every channel by itself learns to blow up single places, by which it carries magnitudes past the norm: the droplets of Karras et
+    al. 2020 (StyleGAN2, section 2).
 
     Raises:
         ConfigError: the channels at full resolution cannot be shared out evenly.
@@ -98,7 +99,7 @@ def num_norm_groups(options: TokenizerOptions) -> int:
         raise ConfigError(
             f"tokenizer.base_channels is {base}, but it must be a multiple of {rule}. Use {-(-base // divisor) * divisor}."
         )
-    return asked or base // CHANNELS_PER_GROUP
+    return asked or min(base // CHANNELS_PER_GROUP, PUBLISHED_NORM_GROUPS)
 
 
 def num_channels(options: TokenizerOptions, images: ImageOptions) -> int:

@@ -19,13 +19,6 @@ from stages.schedule import warmup_constant, warmup_cosine
 
 BETAS = (0.5, 0.9)
 NUM_RECENT_VECTORS = 16_384  # where dead codes may move: a small batch has fewer vectors than a codebook entries
-REVIVAL_SHARE = 0.95  # of the training in which dead codes are revived; after it, none is disturbed any more
-
-
-def is_time_to_revive(options: TokenizerTrainOptions, num_done: int) -> bool:
-    """Whether dead codes are to be revived after so many optimizer steps."""
-    every, num_seen = options.revive_every_steps, num_done * options.global_batch_size
-    return every > 0 and num_done % every == 0 and num_seen < REVIVAL_SHARE * options.num_samples
 
 
 class FirstStageTrainer:

@@ -59,3 +59,6 @@ class QuantizerTrainOptions:
     revive_every_steps: int = option(
         200, "Codes unused for so many steps move onto current encoder outputs; 0: never.", low=0
     )
+    revive_share: float | None = option(
+        None, "Share of the training after which no code is moved any more; 0.95 if not given.", low=0.0, high=1.0
+    )

@@ -19,7 +19,7 @@ class TokenizerOptions(QuantizerOptions):
         low=2,
         high=256,
     )
-    base_channels: int = option(128, "Channels at full resolution; a multiple of num_norm_groups.", low=4)
+    base_channels: int = option(128, "Channels at full resolution; a multiple of num_norm_groups, or of 4.", low=4)
     channel_multipliers: tuple[int, ...] = option(
         (1, 1, 2, 2, 4), "Per level; each level but the last halves the image.", low=1
     )
@@ -27,8 +27,8 @@ class TokenizerOptions(QuantizerOptions):
     attention_resolutions: tuple[int, ...] = option((16,), "Feature-map sides at which self-attention is used.")
     num_norm_groups: int | None = option(
         None,
-        "Groups of channels in GroupNorm; base_channels / 4 if not given, which is the 32 of published models at 128. "
-        "With a channel or two to a group, coloured specks grow at fixed places.",
+        "Groups of channels in GroupNorm; base_channels / 4 if not given, at most the 32 of published models. "
+        "With one channel to a group, coloured specks grow at fixed places.",
         low=1,
     )
     z_channels: int = option(256, "Channels between encoder and quantizer.", low=1)

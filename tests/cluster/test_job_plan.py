@@ -51,7 +51,7 @@ def test_derived_numbers_of_a_tokenizers_training():
     train = {"num_samples": 1010, "global_batch_size": 20, "checkpoint_every_steps": 10}
     adversary = {"discriminator_weight": 0.1, "discriminator_layers": 2, "discriminator_start_samples": 500}
     plain = derive(config(tokenizer_train=train), num_images=102, num_classes=10)
-    assert plain["tokenizer training"] == {"steps": 51, "epochs": 10.0, "commits": 6}
+    assert plain["tokenizer training"] == {"steps": 51, "epochs": 10.0, "commits": 6, "groups of channels in norms": 8}
     warm = {**train, **adversary, "discriminator_warm_samples": 90}
     derived = derive(config(tokenizer_train=warm), num_images=102, num_classes=10)["tokenizer training"]
     assert derived["discriminator learns from step"] == 21  # the first whose images before it are 410 or more

@@ -13,7 +13,7 @@ from tokenizer_support import inputs_for, numbers_of, options_for, records_of, t
 from cluster import checkpoints, run_log, tokenizer_loop, training_run
 from cluster.tokenizer_history import check_resumable
 from cluster.tokenizer_loop import RESULT
-from cluster.tokenizer_options import training_path
+from cluster.tokenizer_options import settle, training_path
 from cluster.verify_run import verify_run
 from stages.errors import ArtefactError
 from stages.first_stage.training import FirstStageTrainer
@@ -187,20 +187,24 @@ def test_what_changes_no_step_may_change(undisturbed, tmp_path):
     check_resumable(commit, options, inputs_for(options))
 
 
-def test_a_training_from_before_norm_groups_were_an_option_has_those_of_published_models(undisturbed, tmp_path):
+def test_a_training_from_before_an_option_was_there_goes_on_as_it_began(undisturbed, tmp_path):
     _, _, commit = undisturbed
     content = copy.deepcopy(commit.content)
-    del content["fixed_options"]["tokenizer"]["num_norm_groups"]
+    del content["fixed_options"]["tokenizer"]["num_norm_groups"], content["fixed_options"]["tokenizer_train"]["revive_share"]
     before = dataclasses.replace(commit, content=content)
 
-    def options(**groups):
-        merged = {**EVERYTHING, "tokenizer": {**EVERYTHING["tokenizer"], **groups}}
-        return options_for(tmp_path / "elsewhere", **merged)
+    def check(commit, num_norm_groups=None):
+        options = options_for(tmp_path / "elsewhere", **EVERYTHING)
+        tokenizer = dataclasses.replace(options.tokenizer, num_norm_groups=num_norm_groups)
+        train_options = dataclasses.replace(options.tokenizer_train, revive_share=None)
+        asked = dataclasses.replace(options, tokenizer=tokenizer, tokenizer_train=train_options)
+        check_resumable(commit, settle(asked, commit.content["fixed_options"]), inputs_for(asked))
 
+    check(commit)
+    check(before)
+    check(before, num_norm_groups=32)
     with pytest.raises(ArtefactError, match="num_norm_groups is 8, but .* trained with 32"):
-        check_resumable(before, options(), inputs_for(options()))
-    check_resumable(before, options(num_norm_groups=32), inputs_for(options()))
-    check_resumable(commit, options(num_norm_groups=8), inputs_for(options()))
+        check(before, num_norm_groups=8)
 
 
 def test_old_commits_are_pruned_and_the_log_stays_whole(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from tests_support import tiny_config
 
 from cluster.job_plan import check_config
-from cluster.tokenizer_options import FREE, TokenizerJobOptions, check_training, fixed_options, num_steps
+from cluster.tokenizer_options import FREE, TokenizerJobOptions, check_training, fixed_options, num_steps, settle
 from stages.config import load_config, select_sections
 from stages.errors import ConfigError
 from stages.first_stage.tokenizer import Tokenizer
@@ -50,6 +50,23 @@ def test_every_free_option_exists():
     for section, names in FREE.items():
         fields = {field.name for field in dataclasses.fields(getattr(Config(), section))}
         assert names <= fields
+
+
+def test_a_new_training_settles_what_its_options_leave_open():
+    options = settle(options_with({"base_channels": 16, "num_norm_groups": None}), None)
+    assert (options.tokenizer.num_norm_groups, options.tokenizer_train.revive_share) == (4, 0.95)
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [({}, (32, 0.8)), ({"tokenizer": {"num_norm_groups": 8}}, (8, 0.8)), ({"tokenizer_train": {"revive_share": 0.5}}, (32, 0.5))],
+)
+def test_a_training_goes_on_with_the_defaults_that_it_began_with(saved, expected):
+    begun = {"tokenizer": {}, "tokenizer_train": {}} | saved
+    options = settle(options_with({"num_norm_groups": None}), begun)
+    assert (options.tokenizer.num_norm_groups, options.tokenizer_train.revive_share) == expected
+    asked = options_with({"num_norm_groups": 2}, revive_share=0.0)
+    assert settle(asked, begun) == asked
 
 
 def options_with(tokenizer=None, images=None, **train) -> TokenizerJobOptions:

@@ -4,7 +4,7 @@ import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import _compute_fid
 
-from evaluation.frechet import Reference, covariance_factor, frechet_distance, frechet_estimate
+from evaluation.frechet import Reference, congruence, covariance_factor, frechet_distance, frechet_estimate
 from evaluation.statistics import GaussianStatistics
 
 
@@ -26,6 +26,16 @@ def textbook(a: GaussianStatistics, b: GaussianStatistics) -> float:
 def test_equals_the_matrix_square_root_formula(n):
     a, b = statistics(n, 32, seed=1, shift=0.3), statistics(n, 32, seed=2)
     assert frechet_distance(a, Reference.of(b)) == pytest.approx(textbook(a, b), rel=1e-8)
+
+
+@pytest.mark.parametrize("num_reference", [30, 500])
+def test_products_in_blocks_are_those_of_whole_matrices(num_reference, monkeypatch):
+    monkeypatch.setattr("evaluation.frechet.BLOCK_SIZE", 16)  # three by three blocks of 40 channels, two by two of rank 29
+    a, b = statistics(300, 40, seed=1, shift=0.3), statistics(num_reference, 40, seed=2)
+    factor = torch.from_numpy(covariance_factor(b.covariance))
+    moments = torch.from_numpy(a.m2)
+    torch.testing.assert_close(congruence(moments, factor).tril(), (factor.T @ moments @ factor).tril(), rtol=1e-12, atol=1e-12)
+    assert frechet_distance(a, Reference.of(b)) == pytest.approx(textbook(a, b), rel=1e-6)
 
 
 def test_equals_torchmetrics_on_the_same_moments():

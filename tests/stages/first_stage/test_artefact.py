@@ -86,6 +86,17 @@ def test_fingerprints_of_existing_tokenizers_stay(tokenizer):
     assert fingerprint(plain) == "71d3739c56c663a6e952c49b99287ba090ff6276299e1ebf0a681a2f4d153fe5"
 
 
+def test_the_groups_of_norms_are_part_of_the_identity(tmp_path):
+    config = dataclasses.replace(TINY_TOKENIZER, base_channels=32, num_norm_groups=32)
+    published = Tokenizer(config)
+    shared = Tokenizer(dataclasses.replace(config, num_norm_groups=8))
+    shared.load_state_dict(published.state_dict())
+    assert fingerprint(published) != fingerprint(shared)
+    save_tokenizer(shared, str(tmp_path))
+    assert json.loads((tmp_path / CONFIG).read_text())["num_norm_groups"] == 8
+    assert load_tokenizer(str(tmp_path)).config.num_norm_groups == 8
+
+
 @pytest.mark.parametrize("kind", QUANTIZER_SHAPES)
 def test_only_levels_add_a_key(kind, tmp_path):
     size, dim, levels = QUANTIZER_SHAPES[kind]
@@ -110,6 +121,7 @@ def test_only_levels_add_a_key(kind, tmp_path):
         {"fsq_levels": None},
         {"codebook_dim": None},
         {"num_norm_groups": 7},
+        {"num_norm_groups": 0},
     ],
 )
 def test_a_contradictory_configuration_is_damage(change, tmp_path):

@@ -24,6 +24,10 @@ def unit_codebook(model: Tokenizer) -> Tokenizer:
     return model
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """Writes content and returns the path."""
@@ -156,7 +160,7 @@ def damage(change):
         (lambda t: t.pop("encoder.conv_in.weight"), "no encoder.conv_in.weight"),
         (lambda t: t.pop("quantize.embedding.weight"), "no quantize.embedding.weight"),
         (lambda t: t.update({"decoder.conv_out.weight": torch.zeros(7, 32, 3, 3)}), r"\(7, 32, 3, 3\)"),
-        (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(33, 3, 3, 3)}), "multiple of 32"),
+        (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(33, 3, 3, 3)}), "must divide the others"),
         (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}), r"\(0, 3, 3, 3\)"),
         (
             lambda t: t.update({"quant_conv.bias": torch.full((4,), torch.nan)}),
@@ -222,14 +226,21 @@ def test_a_diffusers_folder_describes_its_model(tmp_path):
     [
         ({"norm_type": "spatial"}, "norm_type spatial, but only group"),
         ({"norm_num_groups": 0}, "norm_num_groups 0, but it must be a positive integer"),
-        ({"norm_num_groups": 24}, r"widths \[32, 32, 64\], but the first must be a multiple of 24"),
+        ({"norm_num_groups": 8}, "norm_num_groups 8, but .* was exported with 32"),
     ],
 )
 def test_a_diffusers_model_of_another_kind_is_refused(tmp_path, change, words):
     export_tokenizer(tokenizer(), "diffusers", str(tmp_path))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    change_json(tmp_path / "config.json", **change)
     with pytest.raises(ArtefactError, match=words):
+        import_tokenizer(str(tmp_path))
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused(tmp_path):
+    file = export_tokenizer(tokenizer(), "diffusers", str(tmp_path))
+    save_file(load_file(file), file)  # without what an export says
+    change_json(tmp_path / "config.json", norm_num_groups=24)
+    with pytest.raises(ArtefactError, match="32 channels at full resolution, but its norms' 24 groups .* config.json"):
         import_tokenizer(str(tmp_path))
 
 
@@ -243,6 +254,8 @@ def test_a_diffusers_config_that_is_no_mapping_is_damage(tmp_path):
 def test_groups_are_told_by_an_exported_file_alone(tmp_path):
     model = tokenizer(num_norm_groups=8)
     file = export_tokenizer(model, "diffusers", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "of something else"}')
+    assert import_tokenizer(file).fingerprint == fingerprint(model)
     (tmp_path / "config.json").unlink()
     assert import_tokenizer(file).fingerprint == fingerprint(model)
 

@@ -21,7 +21,10 @@ def test_architectures_that_cannot_be_are_refused(tokenizer, images, words):
     assert all(word in str(caught.value) for word in words)
 
 
+WIDTHS = (32, 64, 128, 256)
+
+
 def test_norms_share_four_channels_as_in_published_models_unless_told():
-    groups = {base: tokenizer_config(TokenizerOptions(base_channels=base), ImageOptions()).num_norm_groups for base in (32, 64, 128)}
-    assert groups == {32: 8, 64: 16, 128: 32}
+    groups = {base: tokenizer_config(TokenizerOptions(base_channels=base), ImageOptions()).num_norm_groups for base in WIDTHS}
+    assert groups == {32: 8, 64: 16, 128: 32, 256: 32}
     assert tokenizer_config(TokenizerOptions(base_channels=32, num_norm_groups=32), ImageOptions()).num_norm_groups == 32

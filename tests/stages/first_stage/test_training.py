@@ -11,7 +11,7 @@ from tests_support import TINY_TOKENIZER
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_one_hot
 from stages.first_stage.tokenizer import Tokenizer
-from stages.first_stage.training import FirstStageTrainer, is_time_to_revive
+from stages.first_stage.training import FirstStageTrainer
 from stages.first_stage.weight_average import WeightAverage
 from stages.options import TokenizerTrainOptions
 
@@ -212,16 +212,6 @@ def test_the_result_takes_parameters_from_the_average_and_buffers_as_they_are():
     off = build(weight_average_decay=0.0)
     off.step(images(0), 0)
     assert torch.equal(off.averaged_tokenizer().decoder.conv_out.weight, off.tokenizer.decoder.conv_out.weight)
-
-
-def test_dead_codes_are_revived_at_times_but_not_at_the_end():
-    def times(**changes):
-        options = dataclasses.replace(OPTIONS, num_samples=800, **changes)
-        return [num_done for num_done in range(1, 101) if is_time_to_revive(options, num_done)]
-
-    assert times(revive_every_steps=30) == [30, 60, 90]
-    assert times(revive_every_steps=19) == [19, 38, 57, 76], "95 of 100 is too late"
-    assert times(revive_every_steps=0) == []
 
 
 def test_state_goes_on_bitwise():

@@ -28,18 +28,21 @@ def checked_config(args: argparse.Namespace) -> Config:
 
 
 def run_plan(args: argparse.Namespace) -> Any:
-    from cluster.job_plan import derive, render
+    from cluster.job_plan import derive, render, stored_tokenizer
     from pipeline.inputs import needed_maps
     from pipeline.job_options import check_reachable_paths
     from pipeline.sources import open_source
 
     config = checked_config(args)
     check_reachable_paths("source", config.source)
+    check_reachable_paths("tokenizer", config.tokenizer)
+    tokenizer = stored_tokenizer(config)
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(
         config,
         len(source.list_images("train")),
         len(source.class_names),
+        tokenizer=tokenizer,
         gpu=args.gpu,
         mfu=args.mfu,
         hours=args.hours,
@@ -134,12 +137,22 @@ def run_export(args: argparse.Namespace) -> Any:
     return export(checkpoint, output, which=args.weights, dtype=args.dtype)
 
 
+def _reachable(key: str, path: str | None) -> str | None:
+    """A path that means the same in every process of a cluster and in every record, checked; "latest" and None stay as they are."""
+    from pipeline.storage import absolute, check_reachable
+
+    if path is None or path == "latest":
+        return path
+    check_reachable(key, absolute(path))
+    return absolute(path)
+
+
 def run_sample(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.sample_job import SampleJobOptions, sample
     from pipeline.job_options import select
 
-    options = select(SampleJobOptions, checked_config(args), checkpoint=args.checkpoint)
+    options = select(SampleJobOptions, checked_config(args), checkpoint=_reachable("--checkpoint", args.checkpoint))
     with connected():
         return sample(options)
 
@@ -154,13 +167,14 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     if args.tokenizer and args.sweep:
         raise ConfigError("--sweep is given with --tokenizer, but a tokenizer alone draws no samples. Leave one of them out.")
     config = checked_config(args)
-    checkpoint = None if args.tokenizer else args.checkpoint
+    checkpoint = None if args.tokenizer else _reachable("--checkpoint", args.checkpoint)
+    verify, compare = _reachable("--verify", args.verify), _reachable("--compare", args.compare)
     options = select(EvaluateOptions, config, checkpoint=checkpoint)
     with connected():
-        if args.verify:
-            return _verdict(args.verify, verify_record(args.verify, options))
-        if args.compare:
-            return evaluate_and_compare(options, args.compare)
+        if verify:
+            return _verdict(verify, verify_record(verify, options))
+        if compare:
+            return evaluate_and_compare(options, compare)
         if args.sweep:
             return sweep(options, config.sweep)
         return evaluate(options).to_summary()

@@ -9,11 +9,13 @@ from cluster.estimates import GPUS, USABLE_MEMORY, rank_memory, row_flop, steps_
 from cluster.tokenizer_options import check_networks, num_steps
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
+from pipeline.inputs import check_fit
 from pipeline.loader import num_micro_batches
+from pipeline.tokenizers import tokenizer_architecture
 from pipeline.views import expand_views
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.first_stage.tokenizer_config import num_norm_groups, tokenizer_config
+from stages.first_stage.tokenizer_config import TokenizerConfig, num_norm_groups, tokenizer_config
 from stages.options import (
     Config,
     DeepSpeedOptions,
@@ -24,7 +26,6 @@ from stages.options import (
 )
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
-MAX_CODE_BITS = 16
 ZERO_STAGES = range(4)
 
 
@@ -34,17 +35,10 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
-    codebook_size = check_networks(config.tokenizer, config.tokenizer_train, config.images)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
     _check_zero_stage(config.deepspeed, config.train)
     _check_retention(config.train)
-    bits = num_bits(codebook_size)
-    if bits > MAX_CODE_BITS:
-        raise ConfigError(
-            f"tokenizer.codebook_size is {codebook_size}, which needs {bits} bits per code, but the codes column holds at "
-            f"most {MAX_CODE_BITS}. Use at most {1 << MAX_CODE_BITS}."
-        )
     if len(config.optim.betas) != 2:
         raise ConfigError(
             f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95]."
@@ -91,9 +85,25 @@ def _check_retention(train: TrainOptions) -> None:
         )
 
 
-def planned_transformer(config: Config, num_classes: int) -> TransformerConfig:
-    """The transformer on the code dataset that `config` describes and images of so many classes."""
-    tokenizer = tokenizer_config(config.tokenizer, config.images)
+def stored_tokenizer(config: Config) -> TokenizerConfig | None:
+    """The architecture of the tokenizer at `tokenizer.path`; None where one is yet to be trained.
+
+    Raises:
+        ConfigError: it does not fit the images, or cannot be trained as configured.
+        ArtefactError: it is damaged.
+    """
+    stored = tokenizer_architecture(config.tokenizer.path)
+    if stored is None:
+        check_networks(config.tokenizer, config.tokenizer_train, config.images)
+    else:
+        check_fit(stored, config.images, config.tokenizer)
+    return stored
+
+
+def planned_transformer(config: Config, num_classes: int, tokenizer: TokenizerConfig | None = None) -> TransformerConfig:
+    """The transformer on the code dataset that `config` describes, of this tokenizer or else the one that `config` trains, and images of
+    so many classes."""
+    tokenizer = tokenizer or tokenizer_config(config.tokenizer, config.images)
     side = config.images.size // tokenizer.downsample
     conditioning = config.conditioning
     if conditioning.name == "codes":  # of the condition's tokenizer only its codes tell more; most are as large as the image's
@@ -113,6 +123,7 @@ def derive(
     num_images: int,
     num_classes: int,
     *,
+    tokenizer: TokenizerConfig | None = None,
     gpu: str | None = None,
     mfu: float = 0.4,
     hours: float | None = None,
@@ -125,6 +136,7 @@ def derive(
         config: a checked one.
         num_images: for training.
         num_classes: of the images.
+        tokenizer: from `stored_tokenizer`.
         gpu: a name from cluster.estimates.GPUS: adds the time that the run takes on it, and whether it has the memory.
         mfu: model FLOP utilisation, the share of the GPU's peak that the run reaches.
         hours: adds how fast the run must be to take so long.
@@ -133,13 +145,13 @@ def derive(
         ConfigError: no such GPU, or one whose peak says nothing about this run; `mfu` or `hours` is out of range.
     """
     _check_questions(config.train, gpu, mfu, hours)
-    transformer, train = planned_transformer(config, num_classes), config.train
+    transformer, train = planned_transformer(config, num_classes, tokenizer), config.train
     world_sizes = sorted({config.scaling.min_workers, config.scaling.max_workers})
     flop_per_step = train.global_batch_size * row_flop(transformer)
     steps_per_epoch = math.ceil(num_images / train.global_batch_size)
     memory = {size: _memory(config, transformer, size, gpu) for size in world_sizes}
     groups = {
-        "tokenizer training": _tokenizer_training(config.tokenizer, config.tokenizer_train, num_images),
+        **({} if tokenizer else {"tokenizer training": _tokenizer_training(config.tokenizer, config.tokenizer_train, num_images)}),
         "code dataset": _code_dataset(config, num_images, transformer),
         "transformer": {
             "parameters": num_parameters(transformer),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline import storage
+from pipeline.code_dataset.codec import num_bits
 from stages.config import to_dict
 from stages.errors import ConfigError
 from stages.first_stage.discriminator import build_discriminator
@@ -23,6 +24,8 @@ from stages.options import (
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_CODE_BITS = 16
 
 # What may differ when a training goes on: none of it changes what a step computes, but for the order of sums among ranks.
 FREE = {
@@ -105,8 +108,8 @@ def _warn_of_missing_attention(options: TokenizerJobOptions) -> None:
         )
 
 
-def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> int:
-    """Refuses a tokenizer, losses and discriminator that do not fit each other or the images; the size of the codebook.
+def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> None:
+    """Refuses a tokenizer, losses and discriminator that do not fit each other, the images or code datasets.
 
     Raises:
         ConfigError: naming the keys, the values and the rule.
@@ -125,7 +128,12 @@ def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, im
                 f"tokenizer_train.{key} is {getattr(train, key)}, but labels (tokenizer.num_labels) are trained by cross entropy "
                 f"alone. Set it to 0."
             )
-    return config.codebook_size
+    bits = num_bits(config.codebook_size)
+    if bits > MAX_CODE_BITS:
+        raise ConfigError(
+            f"tokenizer.codebook_size is {config.codebook_size}, which needs {bits} bits per code, but the codes column holds at "
+            f"most {MAX_CODE_BITS}. Use at most {1 << MAX_CODE_BITS}."
+        )
 
 
 def check_batch(options: TokenizerJobOptions) -> None:

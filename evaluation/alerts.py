@@ -1,10 +1,15 @@
-"""Who was told of which regression: each hook of each record once, whatever else fails and whoever else looks."""
+"""Which record was judged, and who was told what: each hook of each record once, whatever else fails and whoever else looks.
+
+All of it is in the names of files `alerts/<record>.<state>.json`: `fine` or `worse` when a night has judged the record, the latter
+with what is to be told; the name of a hook that was told; `told` when nothing is left to do.
+"""
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from evaluation.compare import Regression
 from evaluation.hooks import hooks_of, notify
 from pipeline import storage
 from stages.errors import TesseraError
@@ -12,11 +17,14 @@ from stages.options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 
+FINE, WORSE, TOLD = "fine", "worse", "told"
 LOG = "log"  # who is told where no hook is set
+
+Found = list[dict[str, Any]]  # of one record, each from `Regression.to_dict`
 
 
 class Alerts:
-    """The alerts of one evaluation folder. A file `alerts/<record>.<hook>.json` says that a hook was told.
+    """The alerts of one evaluation folder.
 
     Args:
         evaluation_path: the folder.
@@ -29,54 +37,65 @@ class Alerts:
         self._hooks = hooks_of(settings) or {LOG: ""}
         self._take_claim = take_claim
 
-    def pending(self, regressions: Sequence[Regression]) -> list[Regression]:
-        """Those that some hook was not told of, nor is another nightly about to."""
+    def judged(self) -> set[str]:
+        """Records, by id, that a night has looked at."""
+        return self._with_state(FINE) | self._with_state(WORSE)
 
-        def is_ours(record_id: str) -> bool:
-            return self._is_pending(record_id) and self._take_claim(f"alert-{record_id}") and self._is_pending(record_id)
+    def note(self, record_id: str, found: Found) -> None:
+        """Keeps what a record is judged to be, until it is told: also if this process does not live to tell it."""
+        storage.put_if_absent(self._path(record_id, WORSE if found else FINE), json.dumps(found).encode())
 
-        ours = {record_id for record_id in {regression.record.id for regression in regressions} if is_ours(record_id)}
-        return [regression for regression in regressions if regression.record.id in ours]
+    def pending(self, record_ids: Collection[str]) -> dict[str, Found]:
+        """What was found in these records, by id, that some hook was not told of, nor is another nightly about to."""
+        untold = sorted((self._with_state(WORSE) - self._with_state(TOLD)) & set(record_ids))
+        return {record_id: json.loads(storage.read_bytes(self._path(record_id, WORSE))) for record_id in untold if self._is_ours(record_id)}
 
-    def tell(self, regressions: Sequence[Regression], page: str) -> None:
+    def tell(self, pending: Mapping[str, Found], page: str) -> None:
         """Tells every hook what it was not told.
 
         Raises:
             TesseraError: hooks fail; all have been tried.
         """
-        for regression in regressions:
-            _log(regression)
+        for found in pending.values():
+            for regression in found:
+                _log(regression)
         problems = []
         for hook, setting in self._hooks.items():
-            untold = [regression for regression in regressions if not storage.exists(self._path(regression.record.id, hook))]
-            message = {"page": page, "regressions": [regression.to_dict() for regression in untold]}
+            untold = [record_id for record_id in pending if not storage.exists(self._path(record_id, hook))]
+            message = {"page": page, "regressions": [regression for record_id in untold for regression in pending[record_id]]}
             try:
                 if untold and hook != LOG:
                     notify(hook, setting, message)
             except TesseraError as error:
                 problems.append(str(error))
                 continue
-            for regression in untold:
-                storage.put_if_absent(self._path(regression.record.id, hook), json.dumps(message).encode())
+            for record_id in untold:
+                storage.put_if_absent(self._path(record_id, hook), b"{}")
+        for record_id in pending:
+            self._settle(record_id)
         if problems:
             raise TesseraError("\n".join(problems))
 
-    def _is_pending(self, record_id: str) -> bool:
-        return not all(storage.exists(self._path(record_id, hook)) for hook in self._hooks)
+    def _is_ours(self, record_id: str) -> bool:
+        return not self._settle(record_id) and self._take_claim(f"alert-{record_id}") and not self._settle(record_id)
 
-    def _path(self, record_id: str, hook: str) -> str:
-        return storage.join(self._folder, f"{record_id}.{hook}.json")
+    def _settle(self, record_id: str) -> bool:
+        """Whether every hook was told, which is then noted: a hook that is set later is told of later records only."""
+        is_told = all(storage.exists(self._path(record_id, hook)) for hook in self._hooks)
+        if is_told:
+            storage.put_if_absent(self._path(record_id, TOLD), b"{}")
+        return is_told
+
+    def _with_state(self, state: str) -> set[str]:
+        suffix = f".{state}.json"
+        return {os.path.basename(path).removesuffix(suffix) for path in storage.list_files(self._folder, suffix=suffix)}
+
+    def _path(self, record_id: str, state: str) -> str:
+        return storage.join(self._folder, f"{record_id}.{state}.json")
 
 
-def _log(regression: Regression) -> None:
-    difference = regression.difference
+def _log(regression: Mapping[str, Any]) -> None:
     logger.warning(
         "%s of step %d is %.6g, %.1f standard errors worse than %.6g of step %d (%s)",
-        difference.metric,
-        regression.record.step,
-        difference.after,
-        difference.worse_by,
-        difference.before,
-        regression.best.step,
-        regression.record.run,
+        *(regression[name] for name in ("metric", "step", "after", "worse_by", "before", "best_step", "run")),
     )

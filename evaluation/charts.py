@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 44
 LEGEND_HEIGHT = 24
 BAR_HEIGHT, BAR_PITCH, BAR_TEXT, CAP = 16, 52, 130, 4
 CHARACTER_WIDTH = 7.3  # on average, at the larger font of narrow pages; only the legend's spacing depends on it
+MOST_CHARACTERS = int((WIDTH - LEFT - 30) / CHARACTER_WIDTH)  # of a name in the legend
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def line_chart(
         y_axis = linear_axis(min(lows + [0.0]) if from_zero else min(lows), max(highs), snap=True)
     frame = [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, anchor="middle"), *_grid(x_axis, y_axis)]
     marks = [mark for s, part in drawn for mark in _marks(s, part, x_axis, y_axis)]
-    named = [s for s in series if s.label]
-    return _svg(title, HEIGHT, [*frame, *marks, *_legend(named)], above=LEGEND_HEIGHT if named else 0)
+    rows = _legend_rows([s for s in series if s.label])
+    return _svg(title, HEIGHT, [*frame, *marks, *_legend(rows)], above=LEGEND_HEIGHT * len(rows))
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
@@ -221,11 +222,27 @@ def _whisker_y(x: float, y1: float, y2: float, colour: int) -> str:
     return f'<path class="line{colour}" d="{caps}M{x:.1f} {y1:.1f}V{y2:.1f}"/>'
 
 
-def _legend(series: Sequence[Series]) -> list[str]:
-    parts, x = [], float(LEFT)
+def _legend_rows(series: Sequence[Series]) -> list[list[tuple[float, Series]]]:
+    """The series with the x at which each is named, in as many rows as they need."""
+    rows: list[list[tuple[float, Series]]] = []
+    x = float(WIDTH)
     for s in series:
-        parts += [_dot(x + 4, -12, 4, s.colour), _text(x + 13, -8, s.label)]
-        x += 30 + CHARACTER_WIDTH * len(s.label)
+        width = 30 + CHARACTER_WIDTH * min(len(s.label), MOST_CHARACTERS)
+        if x + width > WIDTH:
+            rows.append([])
+            x = float(LEFT)
+        rows[-1].append((x, s))
+        x += width
+    return rows
+
+
+def _legend(rows: Sequence[Sequence[tuple[float, Series]]]) -> list[str]:
+    parts = []
+    for above, row in enumerate(reversed(rows)):
+        y = -8 - LEGEND_HEIGHT * above
+        for x, s in row:
+            label = s.label if len(s.label) <= MOST_CHARACTERS else f"{s.label[: MOST_CHARACTERS - 1]}…"
+            parts += [_dot(x + 4, y - 4, 4, s.colour), _text(x + 13, y, label)]
     return parts
 
 

@@ -7,7 +7,7 @@ resize, reference, held-out images. Records that differ there are refused, never
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,9 +160,15 @@ def find_regressions(series: Sequence[Record], threshold: float) -> list[Regress
         series: records measured alike, in order of step.
         threshold: standard errors of the difference from which on it counts, where there is one earlier step. See `threshold_among`.
     """
-    judged = {record.id: record for record in (series[-1], max(series, key=lambda record: record.created_at))}
-    found = [regression for record in judged.values() for regression in _regressions_of(record, series, threshold)]
+    found = [regression for record in to_judge(series) for regression in regressions_of(record, series, threshold)]
     return sorted(found, key=lambda regression: -(regression.difference.worse_by or 0.0))
+
+
+def to_judge(series: Sequence[Record], judged: Collection[str] = ()) -> list[Record]:
+    """The records of a series that say how its training stands, and those that came after the last one in `judged` (ids)."""
+    newest = max(series, key=lambda record: record.created_at)
+    last = max((record.created_at for record in series if record.id in judged), default=newest.created_at)
+    return [record for record in series if record in (series[-1], newest) or record.created_at > last]
 
 
 def threshold_among(num_earlier: int, threshold: float) -> float:
@@ -172,7 +178,8 @@ def threshold_among(num_earlier: int, threshold: float) -> float:
     return -normal.inv_cdf(max(normal.cdf(-threshold) / num_earlier, sys.float_info.min))
 
 
-def _regressions_of(record: Record, series: Sequence[Record], threshold: float) -> list[Regression]:
+def regressions_of(record: Record, series: Sequence[Record], threshold: float) -> list[Regression]:
+    """The metrics of one record that are worse than the best of earlier steps; else like `find_regressions`."""
     earlier = [other for other in series if other.step < record.step]
     limit = threshold_among(len(earlier), threshold) if earlier else threshold
     worst: dict[str, Regression] = {}

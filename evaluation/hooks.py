@@ -3,12 +3,13 @@
 import http.client
 import json
 import os
+import re
 import subprocess
 import urllib.error
 import urllib.request
 from typing import Any
 
-from stages.errors import TesseraError
+from stages.errors import ConfigError, TesseraError
 from stages.options import NightlyOptions
 
 TIMEOUT_SECONDS = 60.0
@@ -18,6 +19,25 @@ def hooks_of(options: NightlyOptions) -> dict[str, str]:
     """The hooks that are set, by name: command, webhook."""
     hooks = {"command": options.command, "webhook": options.webhook}
     return {name: setting for name, setting in hooks.items() if setting}
+
+
+def check_hooks(options: NightlyOptions) -> None:
+    """Refuses a webhook that nothing can be posted to, before there is anything to tell.
+
+    Raises:
+        ConfigError: its address names variables that are not set, or is none of http.
+    """
+    url = options.webhook
+    if not url:
+        return
+    unset = [name for name in re.findall(r"\$\{?(\w+)", url) if name not in os.environ]
+    if unset:
+        raise ConfigError(
+            f"nightly.webhook is {url}, but where nightly runs there is no {', '.join(unset)} in the environment. Set it there: for a job "
+            f"on a cluster, on its head node."
+        )
+    if not os.path.expandvars(url).startswith(("http://", "https://")):
+        raise ConfigError(f"nightly.webhook is {url}, but it must be an address that begins with http:// or https://. Write it whole.")
 
 
 def notify(name: str, setting: str, message: dict[str, Any]) -> None:

@@ -15,18 +15,20 @@ from typing import Any
 from evaluation.alerts import Alerts
 from evaluation.candidates import Candidate, find_candidates
 from evaluation.claims import Claim, take_claim
-from evaluation.compare import Regression, find_regressions, group_series
+from evaluation.compare import group_series, regressions_of, to_judge
 from evaluation.evaluate import EvaluateOptions, evaluate, log_progress, prepare
 from evaluation.history import write_report
-from evaluation.records import Record, find_record, list_records, record_id
+from evaluation.hooks import check_hooks
+from evaluation.records import Record, find_record, list_records, record_id, run_of
 from pipeline import storage
-from stages.errors import TesseraError
+from stages.errors import StorageError, TesseraError
 from stages.options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
 REGRESSED = 3
+WHOLE_NIGHT = 0.9  # share of the budget
 
 
 class BudgetSpent(TesseraError):
@@ -55,9 +57,11 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
         something failed; 3 if something regressed.
 
     Raises:
+        ConfigError: a webhook that cannot be one.
         ArtefactError: no run with a committed checkpoint.
         StorageError: a store that cannot be used.
     """
+    check_hooks(settings)
     night, claims = Night(), _Claims(options.evaluation.path, settings.claim_seconds)
     deadline = time.monotonic() + (settings.time_budget_seconds or float("inf"))
     with claims:
@@ -70,13 +74,14 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
             _render(options, settings, page)
         alerts = Alerts(options.evaluation.path, settings, claims.take)
         visited = {*night.evaluated.values(), *night.present.values()}
-        regressions = alerts.pending(_regressions_among(visited, records, settings.regression_threshold))
-        if regressions:
+        pending = _judge(alerts, visited, records, settings.regression_threshold)
+        if pending:
             with _noting_failure(night, "alert"):
-                alerts.tell(regressions, page)
+                alerts.tell(pending, page)
+    regressions = [regression for found in pending.values() for regression in found]
     return {
         **dataclasses.asdict(night),
-        "regressions": [regression.to_dict() for regression in regressions],
+        "regressions": regressions,
         "page": page,
         "exit_code": REGRESSED if regressions else int(bool(night.failed)),
     }
@@ -105,9 +110,12 @@ class _Claims:
     def __enter__(self) -> "_Claims":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for claim in self._held.values():
-            claim.release()
+    def __exit__(self, *raised: object) -> None:
+        for identifier, claim in self._held.items():
+            try:
+                claim.release()
+            except StorageError as error:  # it runs out by itself
+                logger.warning("The claim on %s could not be given back: %s", identifier, error)
 
     def take(self, identifier: str) -> bool:
         """Whether the work is ours."""
@@ -129,13 +137,8 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
     if (record := find_record(evaluation_path, identifier)) is not None:
         night.present[path] = record.path
         return
-    expected = _expected_seconds(evaluation_path, options.evaluation.num_samples)
-    if expected > (settings.time_budget_seconds or float("inf")):
-        raise TesseraError(
-            f"nightly.time_budget_seconds is {settings.time_budget_seconds:g}, but the last evaluation of as many samples took "
-            f"{expected:.0f}, so no night has room for one. Raise it, or lower evaluation.num_samples."
-        )
-    elif time.monotonic() + expected > deadline:
+    budget, left = settings.time_budget_seconds or float("inf"), deadline - time.monotonic()
+    if _expected_seconds(evaluation_path, path, options.evaluation.num_samples, budget) > left:
         logger.warning("%s is left for another night: nightly.time_budget_seconds does not suffice", path)
         night.out_of_time.append(path)
     elif not claims.take(identifier):
@@ -147,14 +150,28 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
         try:
             night.evaluated[path] = evaluate(options, _progress_until(deadline), preparation).path
         except BudgetSpent as error:
+            if left > WHOLE_NIGHT * budget:  # no night would be long enough
+                raise
             logger.warning("%s is left for another night: %s", path, error)
             night.out_of_time.append(path)
 
 
-def _expected_seconds(evaluation_path: str, num_samples: int) -> float:
-    """What the last evaluation of so many samples took; nothing is known at first."""
-    alike = [r for r in list_records(evaluation_path) if r.content["evaluation"]["num_samples"] == num_samples]
-    return alike[-1].content["wall_seconds"]["total"] if alike else 0.0
+def _expected_seconds(evaluation_path: str, checkpoint: str, num_samples: int, budget: float) -> float:
+    """What the last evaluation of so many samples took, of the checkpoint's run, or else of another one if the budget could hold it:
+    how long its model takes says little of this one. Nothing is known at first.
+
+    Raises:
+        TesseraError: no night has room for one.
+    """
+    alike = [record for record in list_records(evaluation_path) if record.content["evaluation"]["num_samples"] == num_samples]
+    own = [record for record in alike if record.run == run_of(checkpoint)]
+    seconds = [record.content["wall_seconds"]["total"] for record in own or alike]
+    if own and seconds[-1] > budget:
+        raise TesseraError(
+            f"nightly.time_budget_seconds is {budget:g}, but the last evaluation of this run with as many samples took {seconds[-1]:.0f}, "
+            f"so no night has room for one. Raise it, or lower evaluation.num_samples."
+        )
+    return seconds[-1] if seconds and seconds[-1] <= budget else 0.0
 
 
 def _progress_until(deadline: float) -> Any:
@@ -181,7 +198,12 @@ def _record_paths(evaluation_path: str) -> list[str]:
     return storage.list_files(storage.join(evaluation_path, "records"), suffix=".json")
 
 
-def _regressions_among(visited: set[str], records: list[Record], threshold: float) -> list[Regression]:
-    """What got worse in the series of the records that this night is about, by path; not in those of searches and other runs."""
+def _judge(alerts: Alerts, visited: set[str], records: list[Record], threshold: float) -> dict[str, list[dict[str, Any]]]:
+    """What got worse, by record, and is to be told: in the series of the records that this night is about, by path, not in those of
+    searches and other runs. Records of a night that was killed are judged too, and what no hook would take is told again."""
     series = [group for group in group_series(records) if visited & {record.path for record in group}]
-    return [regression for group in series for regression in find_regressions(group, threshold)]
+    judged = alerts.judged()
+    for group in series:
+        for record in to_judge(group, judged):
+            alerts.note(record.id, [regression.to_dict() for regression in regressions_of(record, group, threshold)])
+    return alerts.pending({record.id for group in series for record in group})

@@ -159,7 +159,7 @@ def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
             f"measure this one alone by evaluate --tokenizer."
         )
     check_metrics_fit(options.evaluation, options.tokenizer)
-    check_fit(tokenizer, options.images, options.tokenizer)
+    check_fit(tokenizer.config, options.images, options.tokenizer)
 
 
 def _choose_holdout(source: Source, num_samples: int) -> pa.Table:

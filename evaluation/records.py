@@ -63,7 +63,7 @@ class Record:
     @property
     def run(self) -> str:
         """Folder of the run whose checkpoint was measured."""
-        return self.content["checkpoint"].rsplit("/checkpoints/", 1)[0]
+        return run_of(self.content["checkpoint"])
 
     @property
     def created_at(self) -> str:
@@ -83,6 +83,11 @@ class Record:
     def to_summary(self) -> dict[str, Any]:
         """What the command line reports."""
         return {"record": self.path, "metrics": self.metrics}
+
+
+def run_of(checkpoint: str) -> str:
+    """Folder of the run that a checkpoint's path lies in."""
+    return checkpoint.rsplit("/checkpoints/", 1)[0]
 
 
 def record_id(identity: dict[str, Any]) -> str:

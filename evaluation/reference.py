@@ -238,8 +238,8 @@ def read_statistics(path: str, output: str, extractor: Extractor) -> StoredRefer
 
 
 def statistics_npz(references: Mapping[str, StoredReference], meta: dict[str, Any]) -> bytes:
-    """References by output as one .npz that pytorch-fid and ADM read: mu and sigma, and of spatial features mu_s and
-    sigma_s; beside them n and `meta`."""
+    """References by output as one .npz that pytorch-fid reads, with ADM's names: mu and sigma, and of spatial features mu_s
+    and sigma_s; beside them n and `meta`."""
     arrays: dict[str, Any] = {}
     for output, stored in references.items():
         gaussian = stored.reference.gaussian

@@ -50,11 +50,13 @@ def _group(all_series: list[list[Record]]) -> dict[str, Any]:
 
 
 def series_names(all_series: Sequence[Sequence[Record]]) -> list[str]:
-    """What tells these series apart: the run, the sampling options, or both."""
+    """What tells these series apart: the run, the sampling options, or both, and the seed where these are not enough."""
     runs = [run_name(series[-1].run) for series in all_series]
     samplings = [sampling_text(series[-1].content["sampling"]) for series in all_series]
     parts = [values for values in (runs, samplings) if len(set(values)) > 1] or [runs]
-    return [", ".join(words) for words in zip(*parts)]
+    names = [", ".join(words) for words in zip(*parts)]
+    seeds = [series[-1].content["seed"] for series in all_series]
+    return [name if names.count(name) == 1 else f"{name}, seed {seed}" for name, seed in zip(names, seeds)]
 
 
 def _chart(metric: str, all_series: Sequence[Sequence[Record]], names: Sequence[str], over_time: bool) -> str:

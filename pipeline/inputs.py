@@ -8,8 +8,7 @@ from pipeline.sources import Example, Source
 from pipeline.sources.contract import IMAGE
 from pipeline.views import Crop, preprocessing_spec, render, render_map
 from stages.errors import BadImage, ConfigError
-from stages.first_stage.tokenizer import Tokenizer
-from stages.first_stage.tokenizer_config import num_channels
+from stages.first_stage.tokenizer_config import TokenizerConfig, num_channels
 from stages.options import ImageOptions, TokenizerOptions
 
 NUM_TRIED = 100  # images that are tried for one that can be decoded
@@ -169,13 +168,13 @@ def input_channels(images: ImageOptions, tokenizer: TokenizerOptions) -> int:
     return images.channels if tokenizer.input == IMAGE else 1
 
 
-def check_fit(tokenizer: Tokenizer, images: ImageOptions, options: TokenizerOptions) -> None:
+def check_fit(tokenizer: TokenizerConfig, images: ImageOptions, options: TokenizerOptions) -> None:
     """Refuses inputs of another number of channels than a tokenizer takes, and sizes that are no multiple of its patches.
 
     Raises:
         ConfigError: naming the key.
     """
-    channels, taken = num_channels(options, images), tokenizer.config.in_channels
+    channels, taken = num_channels(options, images), tokenizer.in_channels
     if channels != taken:
         key = "images.channels" if options.input == IMAGE else "tokenizer.num_labels (1 without labels)"
         raise ConfigError(f"{key} is {channels}, but the tokenizer in {options.path} takes {taken} channels. Use the same number.")

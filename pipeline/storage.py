@@ -9,6 +9,7 @@ FileNotFoundError on either side.
 import functools
 import hashlib
 import logging
+import mimetypes
 import os
 import shutil
 import tempfile
@@ -159,7 +160,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless it exists; durable and all or nothing. Returns whether this call wrote it."""
     if is_local(path):
         return _link_new(path, lambda file: file.write(data))
-    return _conditional_put(path, functools.partial(_fs().pipe_file, path, data))
+    return _conditional_put(path, functools.partial(_fs().pipe_file, path, data, **_content_type(path)))
 
 
 @on_store
@@ -175,7 +176,7 @@ def put_file_if_absent(path: str, local_file: str) -> bool:
 def replace(path: str, data: bytes) -> None:
     """Writes a file whether it exists or not, all or nothing. For derived files only, such as a report."""
     if not is_local(path):
-        _fs().pipe_file(path, data)
+        _fs().pipe_file(path, data, **_content_type(path))
         return
     folder = os.path.dirname(path) or "."
     _make_folder(folder)
@@ -290,6 +291,12 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _content_type(path: str) -> dict[str, str]:
+    """Without it a browser that opens a page or a picture in a bucket saves the file instead of showing it."""
+    content_type, _ = mimetypes.guess_type(path)
+    return {"ContentType": content_type} if content_type else {}
 
 
 def _conditional_put(path: str, upload: Callable[..., Any]) -> bool:

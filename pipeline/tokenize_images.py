@@ -141,7 +141,7 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
         ConfigError: naming the key.
     """
     images, codes = options.images, options.codes
-    check_fit(tokenizer, images, options.tokenizer)
+    check_fit(tokenizer.config, images, options.tokenizer)
     num_bits(tokenizer.codebook_size)
     if codes.row_group_rows is not None and codes.row_group_rows.bit_count() != 1:
         raise ConfigError(

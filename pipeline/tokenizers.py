@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from pipeline import storage
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import CONFIG, WEIGHTS, load_tokenizer, read_config, save_tokenizer
+from stages.first_stage.artefact import CONFIG, WEIGHTS, architecture, load_tokenizer, read_config, save_tokenizer
 from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
+from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.project_config import Project, read_project
 
 
@@ -28,11 +29,29 @@ def open_tokenizer(path: str) -> Tokenizer:
 
 def tokenizer_fingerprint(path: str) -> str:
     """The fingerprint that the artefact at `path` declares, without loading its weights."""
+    return _read_config(path)["fingerprint"]
+
+
+def tokenizer_architecture(path: str) -> TokenizerConfig | None:
+    """The architecture of the artefact at `path`, without loading its weights; None where there is none.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
+    if not storage.exists(storage.join(path, CONFIG)):
+        return None
+    try:
+        return architecture(_read_config(path))
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} is a damaged tokenizer ({error}), but its {CONFIG} must describe one. Re-create it.") from error
+
+
+def _read_config(path: str) -> dict:
     if storage.is_local(path):
-        return read_config(path)["fingerprint"]
+        return read_config(path)
     with tempfile.TemporaryDirectory() as folder:
         _download(path, (CONFIG,), folder)
-        return read_config(folder)["fingerprint"]
+        return read_config(folder)
 
 
 def store_tokenizer(tokenizer: Tokenizer, path: str) -> str:

@@ -161,7 +161,7 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
             "-c configs/imagenet.yaml evaluation.metrics=[fid,sfid] --output imagenet-256.npz",
         )
     )
-    reference.add_argument("--output", metavar="FILE", help="also write them as an .npz that pytorch-fid and ADM read")
+    reference.add_argument("--output", metavar="FILE", help="also write them as an .npz that pytorch-fid reads")
     configured(add("nightly", "Evaluates what is new, once each, and renders the report.", "-c configs/demo.yaml"))
     submit = add("submit", "Runs a command as a Ray job and follows it.", "-- train -c configs/demo.yaml")
     submit.add_argument(

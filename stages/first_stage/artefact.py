@@ -91,6 +91,11 @@ def read_config(folder: str) -> dict:
     return content
 
 
+def architecture(content: dict) -> TokenizerConfig:
+    """The architecture in what `read_config` returns. Raises ValueError or TypeError: it is none."""
+    return build(TokenizerConfig, {name: value for name, value in content.items() if name not in HEADER})
+
+
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer in a local folder, in eval mode, with its fingerprint recomputed and compared.
 
@@ -99,8 +104,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """
     content = read_config(folder)
     try:
-        config = build(TokenizerConfig, {k: v for k, v in content.items() if k not in HEADER})
-        tokenizer = Tokenizer(config)
+        tokenizer = Tokenizer(architecture(content))
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
     except (TypeError, RuntimeError, OSError, ValueError, ArithmeticError, SafetensorError) as error:
         raise ArtefactError(

@@ -1,13 +1,17 @@
 """The plan: derived numbers against hand-made ones, and the checks that need more than one section."""
 
+import dataclasses
 import json
 
 import pytest
+from tests_support import TINY_TOKENIZER
 
 import ray_job
-from cluster.job_plan import check_config, derive, render
+from cluster.job_plan import check_config, derive, render, stored_tokenizer
 from stages.config import build
 from stages.errors import ConfigError
+from stages.first_stage.artefact import save_tokenizer
+from stages.first_stage.tokenizer import Tokenizer
 from stages.options import Config
 
 SMALL = {
@@ -187,7 +191,26 @@ def test_the_command_takes_several_files_and_a_gpu(tmp_path, capsys):
 def test_configurations_that_cannot_work_are_refused(sections, words):
     with pytest.raises(ConfigError) as caught:
         check_config(config(**sections))
+        stored_tokenizer(config(**sections))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_tokenizer_that_is_there_counts_and_not_what_would_be_trained(tmp_path):
+    """An imported one needs none of the options that describe it."""
+    path = str(tmp_path / "tokenizer")
+    save_tokenizer(Tokenizer(TINY_TOKENIZER), path)
+    labels = {"input": "segmentation", "num_labels": 3, "path": path}
+    asked = config(tokenizer=labels, tokenizer_train={"discriminator_weight": 0.5})
+    check_config(asked)
+    stored = stored_tokenizer(asked)
+    assert stored == dataclasses.replace(TINY_TOKENIZER, quantizer="vq")  # as it is stored
+    derived = derive(asked, num_images=100, num_classes=10, tokenizer=stored)
+    side = 32 // TINY_TOKENIZER.downsample
+    assert derived["code dataset"]["codes per image"] == side * side
+    assert derived["code dataset"]["codebook size"] == TINY_TOKENIZER.codebook_size
+    assert "tokenizer training" not in derived
+    with pytest.raises(ConfigError, match="images.size is 33, but the tokenizer's patches"):
+        stored_tokenizer(config(tokenizer=labels, images={"size": 33}))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.charts import (
+    CHARACTER_WIDTH,
     HEIGHT,
     WIDTH,
     Bar,
@@ -111,3 +112,16 @@ def test_thinning_keeps_the_mean_of_whole_runs(y, most):
     assert thin_y[0] == pytest.approx(sum(y[:k]) / len(y[:k]))
     if k == 1:
         assert thin_y == y
+
+
+@pytest.mark.parametrize("num_series", [1, 2, 6])
+@pytest.mark.parametrize("label", ["a", "imagenet/run-651m", "cfg_scale 2, cfg_schedule power-cosine", "x" * 200])
+def test_the_names_of_the_series_stay_on_the_chart(num_series, label):
+    series = [Series(label, [0.0, 1.0], [1.0, 2.0], [], colour=i + 1) for i in range(num_series)]
+    svg = ElementTree.fromstring(line_chart(series, title="t", x_label="step"))
+    top = numbers(svg.get("viewBox"))[1]
+    names = [text for text in svg.iter(f"{SVG}text") if text.text[0] == label[0] and text.get("text-anchor") == "start"]
+    assert len(names) == num_series
+    places = {(float(name.get("x")), float(name.get("y"))) for name in names}
+    assert len(places) == num_series and all(top < y < 0 for _, y in places)
+    assert all(float(name.get("x")) + CHARACTER_WIDTH * len(name.text) <= WIDTH for name in names)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from evaluation.hooks import hooks_of, notify
-from stages.errors import TesseraError
+from evaluation.hooks import check_hooks, hooks_of, notify
+from stages.errors import ConfigError, TesseraError
 from stages.options import NightlyOptions
 
 MESSAGE = {"page": "report.html", "regressions": [{"metric": "gfd"}]}
@@ -36,6 +36,24 @@ def receiver():
 def test_only_hooks_that_are_set_are_there():
     assert hooks_of(NightlyOptions()) == {}
     assert hooks_of(NightlyOptions(command="a", webhook="b")) == {"command": "a", "webhook": "b"}
+
+
+@pytest.mark.parametrize(
+    "webhook, words",
+    [("https://x.org/$NOT_SET/${NOR_THIS}", "there is no NOT_SET, NOR_THIS in the environment"), ("x.org", "begins with http")],
+)
+def test_a_webhook_that_cannot_be_one_is_refused_at_once(webhook, words):
+    with pytest.raises(ConfigError, match=words):
+        check_hooks(NightlyOptions(webhook=webhook))
+
+
+def test_a_webhook_out_of_the_environment_is_not_shown(monkeypatch):
+    monkeypatch.setenv("SECRET_PART", "hush")
+    with pytest.raises(ConfigError) as caught:
+        check_hooks(NightlyOptions(webhook="$SECRET_PART"))
+    assert "hush" not in str(caught.value)
+    monkeypatch.setenv("SECRET_PART", "https://x.org")
+    check_hooks(NightlyOptions(webhook="$SECRET_PART"))
 
 
 def test_command_and_webhook_get_the_message(tmp_path, receiver, monkeypatch):

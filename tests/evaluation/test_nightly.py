@@ -1,6 +1,8 @@
 """Nights over real runs: what is new is evaluated once, what got worse is told once, what cannot be done does no harm."""
 
 import dataclasses
+import datetime
+import functools
 import json
 import os
 import shutil
@@ -40,10 +42,11 @@ def options(job, tmp_path):
     return dataclasses.replace(job, run=RunOptions(path=str(tmp_path / "run")), evaluation=evaluation)
 
 
-def fabricate(options, progress=None, preparation=None):
+def fabricate(options, progress=None, preparation=None, gfd=90.0):
     """Stores what `evaluate` would, without measuring anything."""
     preparation = preparation or prepare(options)
-    body = {**content(100, 90.0), **preparation.description, "identity": preparation.identity}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    body = {**content(100, gfd), **preparation.description, "identity": preparation.identity, "created_at": now}
     return write_record(options.evaluation.path, record_id(preparation.identity), body, {})
 
 
@@ -141,7 +144,9 @@ def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken
 @pytest.mark.ray
 def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(ray_cluster, options, monkeypatch):
     stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
-    assert len(stopped["out_of_time"]) == 1 and list_records(options.evaluation.path) == []
+    (message,) = stopped["failed"].values()  # it had the whole night
+    assert "time_budget_seconds is over while it runs" in message and stopped["exit_code"] == 1
+    assert list_records(options.evaluation.path) == []
     monkeypatch.setattr(nightly_module, "evaluate", fabricate)
     assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
     new = add_checkpoint(options, step=9, seed=1)
@@ -220,6 +225,58 @@ def test_a_budget_that_no_evaluation_fits_into_is_an_error(options, unmeasured):
     budget = record.content["wall_seconds"]["total"] / 2
     found = nightly(options, NightlyOptions(time_budget_seconds=budget))
     assert found["exit_code"] == 1 and "no night has room for one" in found["failed"][options.run.path]
+
+
+def test_an_evaluation_that_began_late_is_left_for_another_night(options, monkeypatch):
+    def overtaken(options, progress=None, preparation=None):
+        raise nightly_module.BudgetSpent("over")
+
+    find = find_candidates
+
+    def late(*args):
+        time.sleep(0.3)
+        return find(*args)
+
+    monkeypatch.setattr(nightly_module, "evaluate", overtaken)
+    monkeypatch.setattr(nightly_module, "find_candidates", late)
+    found = nightly(options, NightlyOptions(time_budget_seconds=1.0))
+    assert (len(found["out_of_time"]), found["failed"], found["exit_code"]) == (1, {}, 0)
+
+
+def test_how_long_another_runs_model_takes_locks_nobody_out(options, unmeasured):
+    nightly(options, NightlyOptions())
+    (record,) = list_records(options.evaluation.path)
+    body = {k: v for k, v in record.content.items() if k not in ("format", "format_version", "record_id", "grids", "sha256")}
+    body |= {"checkpoint": "/large/run/checkpoints/step-000000001-x", "wall_seconds": {"total": 9e9}}
+    write_record(options.evaluation.path, "f" * 32, {**body, "created_at": "2099-01-01T00:00:00.000+00:00"}, {})
+    new = add_checkpoint(options, step=9, seed=1)
+    assert list(nightly(options, NightlyOptions(time_budget_seconds=3600.0))["evaluated"]) == [new.path]
+
+
+def test_what_no_hook_would_take_is_told_when_the_training_has_gone_on(options, tmp_path, unmeasured, monkeypatch):
+    nightly(options, NightlyOptions())
+    record = list_records(options.evaluation.path)[0]
+    worse(record, step=3)
+    assert nightly(options, NightlyOptions(command="exit 9"))["exit_code"] == 3
+    add_checkpoint(options, step=9, seed=1)
+    monkeypatch.setattr(nightly_module, "evaluate", functools.partial(fabricate, gfd=0.5))
+    told = nightly(options, NightlyOptions(command=f"cat > {tmp_path}/told"))
+    assert [found["step"] for found in told["regressions"]] == [7] and told["exit_code"] == 3
+    assert json.loads((tmp_path / "told").read_text())["regressions"] == told["regressions"]
+    assert nightly(options, NightlyOptions(command="cat"))["exit_code"] == 0
+    late = NightlyOptions(command="cat", webhook="http://127.0.0.1:9/")
+    assert nightly(options, late)["exit_code"] == 0, "a hook that is set later is told of later records only"
+
+
+def test_a_record_of_a_night_that_was_killed_is_judged_by_the_next(options, tmp_path, unmeasured):
+    nightly(options, NightlyOptions())
+    worse(list_records(options.evaluation.path)[0], step=3, value=89.0)
+    nightly(options, NightlyOptions())  # 90 against 89 is no regression
+    add_checkpoint(options, step=9, seed=1)
+    fabricate(dataclasses.replace(options, checkpoint="latest"), gfd=500.0)  # all that was left of a night
+    add_checkpoint(options, step=11, seed=2)
+    found = nightly(options, NightlyOptions())
+    assert [regression["step"] for regression in found["regressions"]] == [9]
 
 
 def test_each_hook_is_told_once(options, tmp_path, unmeasured):

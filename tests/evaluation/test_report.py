@@ -14,6 +14,7 @@ from evaluation.compare import find_regressions
 from evaluation.labels import metric_label
 from evaluation.records import Record
 from evaluation.report import Curve, ReportData, format_seconds, format_time, format_value, render_report
+from evaluation.trends import series_names
 from evaluation.viewer import gather_pictures
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -252,3 +253,12 @@ def test_times_are_shown_in_utc():
 )
 def test_metrics_are_named_in_words(name, label):
     assert metric_label(name) == label
+
+
+def test_series_are_told_apart_by_run_then_sampling_then_seed():
+    def series(cfg_scale=2.0, **changes):
+        return [record(100, 90.0, sampling={"seed": 0, "cfg_scale": cfg_scale}, **changes)]
+
+    assert series_names([series(), series(run="/runs/b")]) == ["runs/a", "runs/b"]
+    assert series_names([series(), series(cfg_scale=3.0)]) == ["cfg_scale 2.0", "cfg_scale 3.0"]
+    assert series_names([series(), series(seed=1), series(run="/runs/b")]) == ["runs/a, seed 0", "runs/a, seed 1", "runs/b"]

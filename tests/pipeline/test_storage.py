@@ -62,6 +62,16 @@ def test_files_are_uploaded_whole(folder, tmp_path):
     assert storage.read_bytes(path) == file.read_bytes()
 
 
+@pytest.mark.parametrize("write", [storage.put_if_absent, storage.replace])
+@pytest.mark.parametrize(
+    "name, content_type", [("report.html", "text/html"), ("grid.png", "image/png"), ("record.json", "application/json")]
+)
+def test_a_browser_is_told_what_a_file_is(s3, write, name, content_type):
+    path = storage.join(s3, name)
+    write(path, b"content")
+    assert storage._fs().info(path, refresh=True)["ContentType"] == content_type
+
+
 def test_a_multipart_upload_does_not_overwrite(s3, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_bytes(os.urandom(12 << 20))

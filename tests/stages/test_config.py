@@ -98,9 +98,11 @@ def test_resolved_configuration_reads_back_equal(file):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path):
-    from cluster.job_plan import check_config
+    from cluster.job_plan import check_config, stored_tokenizer
 
-    check_config(load_config(str(path)))
+    config = load_config(str(path))
+    check_config(config)
+    stored_tokenizer(config)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,13 +2,14 @@
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cluster import checkpoints, run_log
 from cluster.tokenizer_options import training_path
 from evaluation.compare import find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions
-from evaluation.labels import metric_label
+from evaluation.labels import metric_label, run_name
+from evaluation.prepare import recorded_sampling
 from evaluation.records import Record, list_records, write_rows
 from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures
@@ -37,10 +38,12 @@ def write_report(
     write_rows(options.evaluation.path, records)
     links = _links(records, page_path)
     commit = checkpoints.latest_commit(options.run.path, checkpoints.SAMPLED_FROM)
+    headline = choose_headline(records, options, commit)
     data = ReportData(
         title=title,
         created_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=_summary(options, records, commit),
+        summary=_summary(options, headline, commit),
+        headline=headline,
         config_yaml=to_yaml(options),
         records=records,
         links=links,
@@ -56,17 +59,33 @@ def write_report(
     storage.replace(page_path, render_report(data).encode())
 
 
-def _summary(options: EvaluateOptions, records: list[Record], commit: checkpoints.Commit | None) -> dict[str, str]:
-    summary = {"Source": options.source.name}
-    if commit is not None:
-        summary["Step"] = f"{commit.step:,}"
-        if commit.train_loss is not None:
-            summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
-    if records:
-        metrics = records[-1].metrics
-        for name in ("gfid", "gfd", "validation_nll"):
-            if name in metrics:
-                summary[metric_label(name)] = f"{metrics[name]['value']:.3f}"
+def choose_headline(records: Sequence[Record], options: EvaluateOptions, commit: checkpoints.Commit | None) -> Record | None:
+    """The record whose numbers head the page: by preference of the run's newest commit, then of this run, then sampled as configured,
+    then the newest. A night may measure another checkpoint or run last, and a search other options."""
+
+    def rank(record: Record) -> tuple[bool, bool, bool, str]:
+        is_ours = record.run == options.run.path
+        is_newest = is_ours and commit is not None and record.step == commit.step
+        return is_newest, is_ours, record.content["sampling"] == recorded_sampling(options.draws()), record.created_at
+
+    return max(records, key=rank, default=None)
+
+
+def _summary(options: EvaluateOptions, headline: Record | None, commit: checkpoints.Commit | None) -> dict[str, str]:
+    """Numbers of one checkpoint: the one measured, or the newest where none is."""
+    summary, step = {"Source": options.source.name}, None
+    if headline is not None:
+        step = headline.step
+        summary["Run"] = run_name(headline.run)
+    elif commit is not None:
+        step = commit.step
+    if step is not None:
+        summary["Step"] = f"{step:,}"
+    if commit is not None and commit.step == step and commit.train_loss is not None:
+        summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
+    for name in ("gfid", "gfd", "validation_nll"):
+        if headline is not None and name in headline.metrics:
+            summary[metric_label(name)] = f"{headline.metrics[name]['value']:.3f}"
     return summary
 
 

@@ -211,6 +211,11 @@ def _identify_measurement(
     return identity
 
 
+def recorded_sampling(sampling: SamplingOptions) -> dict[str, Any]:
+    """What a record says of how its samples were drawn."""
+    return {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")}
+
+
 def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str, Any]:
     return {
         "subject": CHECKPOINT,
@@ -219,7 +224,7 @@ def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str,
         "step": commit.step,
         "tokenizer_fingerprint": commit.tokenizer_fingerprint,
         "code_dataset_root_hash": commit.root_hash,
-        "sampling": {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")},
+        "sampling": recorded_sampling(sampling),
         "seed": sampling.seed,
     }
 

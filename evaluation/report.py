@@ -49,6 +49,7 @@ class ReportData:
         summary: the few numbers that matter, label to text, in order.
         config_yaml: the resolved configuration.
         records: evaluation records, oldest first.
+        headline: the one whose numbers head the page; the newest if not given.
         links: by record id, the record's file relative to the page.
         regressions: what got worse.
         pictures: samples over time, real images, reconstructions.
@@ -61,6 +62,7 @@ class ReportData:
     summary: Mapping[str, str] = field(default_factory=dict)
     config_yaml: str = ""
     records: Sequence[Record] = ()
+    headline: Record | None = None
     links: Mapping[str, str] = field(default_factory=dict)
     regressions: Sequence[Regression] = ()
     pictures: Pictures = Pictures()
@@ -74,7 +76,8 @@ def render_report(data: ReportData) -> str:
     Raises:
         ConfigError: jinja2 is not installed.
     """
-    latest = data.records[-1].content if data.records else None
+    headline = data.headline or (data.records[-1] if data.records else None)
+    latest = headline.content if headline else None
     script, style = _asset("report.js"), _asset("report.css")
     return _template().render(
         data=data,

@@ -19,7 +19,7 @@ from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
 from evaluation.prepare import CHECKPOINT, EvaluateOptions, Preparation, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
-from evaluation.resources import reserved
+from evaluation.resources import bundle, reserved
 from pipeline import storage
 from pipeline.inputs import IMAGE
 from stages import __version__
@@ -75,6 +75,7 @@ def evaluate(
         "layouts": measurement.layouts,
         "identity": preparation.identity,
         "versions": _versions(),
+        "device": _device(options.evaluation),
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
         "wall_seconds": {
             name: round(s, 3) for name, s in {**measurement.wall_seconds, "total": time.monotonic() - begin}.items()
@@ -98,6 +99,15 @@ def _versions() -> dict[str, str]:
     return {"tessera": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+def _device(options: EvaluationOptions) -> str:
+    """What the actors compute on, as far as Ray can tell: CPU, or GPU with the kinds that there are."""
+    if not bundle(options).get("GPU"):
+        return "CPU"
+    prefix = "accelerator_type:"
+    kinds = sorted(name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix))
+    return " ".join(["GPU", *kinds])
+
+
 def verify_record(record_path: str, options: EvaluateOptions, progress: Progress | None = None) -> list[str]:
     """Measures again what a record says and lists every number that differs by more than 1e-6 relative; empty when it
     stands.
@@ -118,7 +128,11 @@ def verify_record(record_path: str, options: EvaluateOptions, progress: Progress
     if found != expected:
         names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         return [f"{name}: the record has {expected.get(name)}, here it is {found.get(name)}" for name in names]
-    return differences(record, measure(preparation.assignment, progress))
+    problems = differences(record, measure(preparation.assignment, progress))
+    there, here = record.content.get("device"), _device(options.evaluation)
+    if problems and there not in (None, here):
+        problems.append(f"The record was measured on {there}, and here on {here}: they round otherwise, which may be all.")
+    return problems
 
 
 def differences(record: Record, measurement: Measurement) -> list[str]:

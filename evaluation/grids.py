@@ -9,16 +9,18 @@ def grid_positions(labels: np.ndarray, num_images: int) -> tuple[np.ndarray, int
     """Positions of the images of a grid, int64 (k,), k <= num_images, and the number of columns (None: let the grid
     choose).
 
-    With a few classes, one row per class in order of class; else the first images. Fixed by the labels, so that the
-    grids of two evaluations show the same samples.
+    With a few classes, one row per class in order of class; with more classes than places, one image of each of the first
+    ones; without classes, the first images. Fixed by the labels, so that the grids of two evaluations show the same samples.
 
     Args:
         labels: int64 (n,), -1 where there is none.
         num_images: most images in the grid.
     """
-    classes, counts = np.unique(labels, return_counts=True)
-    if not 2 <= len(classes) <= num_images:
+    classes, firsts, counts = np.unique(labels, return_index=True, return_counts=True)
+    if len(classes) < 2:
         return np.arange(min(num_images, len(labels))), None
+    if len(classes) > num_images:
+        return firsts[:num_images], None
     columns = min(num_images // len(classes), int(counts.min()))
     return np.concatenate([np.flatnonzero(labels == label)[:columns] for label in classes]), columns
 

@@ -128,10 +128,13 @@ def test_more_actors_and_a_kill_in_each_kind_change_no_number(record, options, t
 def test_a_record_is_verified_by_measuring_again_and_a_wrong_one_is_not(record, options, tmp_path):
     wrong = json.loads(json.dumps({name: record.content[name] for name in record.content if name != "grids"}))
     wrong["metrics"]["gfd"]["value"] *= 1.00001
+    assert wrong["device"] == "CPU"
+    wrong["device"] = "GPU H100"
     forged = write_record(str(tmp_path), "0" * 32, {k: v for k, v in wrong.items() if k != "sha256"}, {})
     other_defaults = dataclasses.replace(with_evaluation(options, num_samples=24), sampling=SamplingOptions())
     problems = verify_record(forged.path, other_defaults)
-    assert len(problems) == 1 and problems[0].startswith("gfd value: the record has")
+    assert len(problems) == 2 and problems[0].startswith("gfd value: the record has")
+    assert "measured on GPU H100, and here on CPU" in problems[1]
 
 
 @pytest.fixture(scope="module")

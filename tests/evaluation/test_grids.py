@@ -24,9 +24,11 @@ def test_without_classes_the_first_images_are_shown():
     assert (positions.tolist(), columns) == (list(range(16)), None)
 
 
-def test_with_more_classes_than_places_the_first_images_are_shown():
+def test_with_more_classes_than_places_one_image_of_each_of_the_first_is_shown():
     positions, columns = grid_positions(np.arange(100), 16)
     assert (positions.tolist(), columns) == (list(range(16)), None)
+    positions, columns = grid_positions(np.repeat(np.arange(100), 50), 16)  # as the files of most datasets are listed
+    assert (positions.tolist(), columns) == (list(range(0, 800, 50)), None)
 
 
 def test_a_missing_tile_stays_white():

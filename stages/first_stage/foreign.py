@@ -11,16 +11,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
+from stages.first_stage.artefact import MARKER, WEIGHTS, WEIGHTS_OF, is_artefact
 from stages.first_stage.unpickle import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Beside the tensors of an export: what they cannot tell. Foreign readers pass over it.
-MARKER = "tessera"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Lightning; LlamaGen; LlamaGen under DeepSpeed; LlamaGen's averaged weights, which only some of its scripts load.
 CONTAINERS = ("state_dict", "model", "module", "ema")
 MAX_NAMED = 5
+# What is told of files that are no other project's.
+OWN = {
+    "artefact": "is of a tokenizer artefact, but only files of other projects are imported. Use the artefact as it is: set "
+    "tokenizer.path to its folder.",
+    "training": "is of a commit of train-tokenizer, but its weights belong to that training, and only files of other projects are "
+    "imported. Let train-tokenizer end and set tokenizer.path to the folder of the artefact that it writes.",
+}
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,19 @@ def read_foreign(file: str) -> Foreign:
 
     Raises:
         ConfigError: no such file.
-        ArtefactError: damaged or hostile.
+        ArtefactError: damaged or hostile, or a tokenizer of this project's own.
     """
     path = _weights_file(file)
     content = read_checkpoint(path)
+    marker = _read_marker(content, path)
+    _refuse_own(path, marker)
     taken = next((key for key in CONTAINERS if isinstance(content.get(key), dict)), None)
     nested = content if taken is None else content[taken]
     left = [str(name) for name, value in content.items() if isinstance(value, dict) and name not in (taken, MARKER)]
     if taken is not None and left:
         logger.info("Taken from %s: the weights called %s. Left out: %s", path, taken, ", ".join(left))
     tensors = {str(name): value for name, value in nested.items() if name != MARKER}
-    return Foreign(path, tensors, _read_marker(content, path))
+    return Foreign(path, tensors, marker)
 
 
 def name_some(names: Any, most: int = MAX_NAMED) -> str:
@@ -111,6 +119,8 @@ def _weights_file(file: str) -> str:
     if os.path.isdir(file):
         candidates = [os.path.join(file, name) for name in DIFFUSERS_WEIGHTS]
         path = next((candidate for candidate in candidates if os.path.exists(candidate)), None)
+        if path is None and is_artefact(file):
+            raise ArtefactError(f"{file} {OWN['artefact']}")
         if path is None:
             raise ConfigError(
                 f"file is {file}, but this folder has no {' or '.join(DIFFUSERS_WEIGHTS)}. Name the file itself."
@@ -119,6 +129,16 @@ def _weights_file(file: str) -> str:
     if not os.path.exists(file):
         raise ConfigError(f"file is {file}, but there is no such file. Check the path.")
     return file
+
+
+def _refuse_own(path: str, marker: dict[str, Any]) -> None:
+    """Refuses weights that this project stores under the names of CompVis, but with norms and codes that need not be CompVis'."""
+    kind = marker.get(WEIGHTS_OF)
+    folder, name = os.path.split(path)
+    if kind is None and name == WEIGHTS and is_artefact(folder):  # of a version that did not mark its weights
+        kind = "artefact"
+    if kind is not None:
+        raise ArtefactError(f"{path} {OWN.get(kind, OWN['artefact'])}")
 
 
 def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
@@ -142,6 +162,8 @@ def _read_marker(content: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _is_marker(marker: Any) -> bool:
     if not isinstance(marker, dict) or not isinstance(marker.get("attention_resolutions", ()), list | tuple):
+        return False
+    if not isinstance(marker.get(WEIGHTS_OF, ""), str):
         return False
     numbers = [marker.get("resolution", 1), marker.get("num_norm_groups", 1), *marker.get("attention_resolutions", ())]
     return all(type(number) is int and number > 0 for number in numbers)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
-from stages.first_stage.artefact import fingerprint
-from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, MARKER, Foreign, name_some, read_foreign
+from stages.first_stage.artefact import MARKER, fingerprint
+from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, Foreign, name_some, read_foreign
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
@@ -68,7 +68,7 @@ def import_tokenizer(
 
     Raises:
         ConfigError: no such file, format or part.
-        ArtefactError: damaged, hostile, or not exactly the tensors of a VQGAN.
+        ArtefactError: damaged, hostile, not exactly the tensors of a VQGAN, or a tokenizer of this project's own.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format}, but it must be auto, {', '.join(FORMATS)}. Choose one of them.")

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,6 +21,8 @@ DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_m
 # Lightning; LlamaGen; LlamaGen under DeepSpeed; LlamaGen's averaged weights, which only some of its scripts load.
 CONTAINERS = ("state_dict", "model", "module", "ema")
 MAX_NAMED = 5
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, *INTEGERS)
 # What is told of files that are no other project's.
 OWN = {
     "artefact": "is of a tokenizer artefact, but only files of other projects are imported. Use the artefact as it is: set "
@@ -73,12 +76,19 @@ class Foreign:
         """Itself.
 
         Raises:
-            ArtefactError: something is no tensor, or has values that are not finite.
+            ArtefactError: something is no tensor, is one of another kind than weights are, or has values that are not finite.
         """
         strays = [name for name, value in self.tensors.items() if not isinstance(value, Tensor)]
         if strays:
             raise ArtefactError(
                 f"{self.path} has {name_some(strays)}, but every weight must be a tensor. Choose the file of the weights."
+            )
+        odd = [name for name, value in self.tensors.items() if not _is_plain(value)]
+        if odd:
+            example = self.tensors[odd[0]]
+            raise ArtefactError(
+                f"{self.path} has {name_some(odd)} as {example.layout}, {example.dtype} on {example.device}, but weights must be dense, "
+                "of real numbers, and stored whole. Choose the file that the model was published in."
             )
         broken = [name for name, value in self.tensors.items() if not value.float().isfinite().all()]
         if broken:
@@ -86,6 +96,14 @@ class Foreign:
                 f"{self.path} has {name_some(broken)} with values that are not finite, but weights must be. Fetch it again."
             )
         return self
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has an element of an ordinary type in memory for each of its indices."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        return False
+    # A stride of 0 makes terabytes of a few bytes.
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_foreign(file: str) -> Foreign:

@@ -159,6 +159,7 @@ def damage(change):
         (lambda t: t.pop("decoder.conv_out.weight"), "lacks decoder.conv_out.weight"),
         (lambda t: t.pop("encoder.conv_in.weight"), "no encoder.conv_in.weight"),
         (lambda t: t.pop("quantize.embedding.weight"), "no quantize.embedding.weight"),
+        (lambda t: t.update({"quantize.embedding.weight": torch.tensor(1.0)}), r"a \(\) quantize.embedding.weight"),
         (lambda t: t.update({"decoder.conv_out.weight": torch.zeros(7, 32, 3, 3)}), r"\(7, 32, 3, 3\)"),
         (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(33, 3, 3, 3)}), "must divide the others"),
         (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}), r"\(0, 3, 3, 3\)"),
@@ -173,6 +174,27 @@ def damage(change):
 def test_anything_but_exactly_a_vqgan_is_refused(checkpoint, change, message):
     with pytest.raises(ArtefactError, match=message):
         import_tokenizer(checkpoint({"state_dict": damage(change)}))
+
+
+@pytest.mark.parametrize("name", ["quantize.embedding.weight", "quant_conv.bias"])
+@pytest.mark.parametrize(
+    "odd,kind",
+    [
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: t.to("meta"), "on meta"),
+        (lambda t: t + 1j, "torch.complex64"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda t: torch.nested.nested_tensor([t, t]), "torch.float32"),
+        (lambda t: t.to(torch.float8_e8m0fnu), "torch.float8_e8m0fnu"),
+        (lambda t: torch.zeros(1).expand(1 << 40, 1 << 20), "torch.float32"),
+    ],
+    ids=["sparse", "meta", "complex", "quantized", "nested", "scales", "repeated"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_tensors_of_another_kind_are_refused(checkpoint, name, odd, kind):
+    path = checkpoint({"state_dict": damage(lambda tensors: tensors.update({name: odd(tensors[name])}))})
+    with pytest.raises(ArtefactError, match=f"has {name} as .*({kind}).* but weights must be dense"):
+        import_tokenizer(path)
 
 
 def test_a_checkpoint_of_something_else_is_refused(checkpoint):

@@ -17,7 +17,11 @@ from stages.first_stage.unpickle import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DIFFUSERS_WEIGHTS = (  # the first of them that is in a folder
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+)
 # Lightning; LlamaGen; LlamaGen under DeepSpeed; LlamaGen's averaged weights, which only some of its scripts load.
 CONTAINERS = ("state_dict", "model", "module", "ema")
 MAX_NAMED = 5
@@ -141,7 +145,7 @@ def _weights_file(file: str) -> str:
             raise ArtefactError(f"{file} {OWN['artefact']}")
         if path is None:
             raise ConfigError(
-                f"file is {file}, but this folder has no {' or '.join(DIFFUSERS_WEIGHTS)}. Name the file itself."
+                f"file is {file}, but this folder has none of {', '.join(DIFFUSERS_WEIGHTS)}. Name the file itself."
             )
         return path
     if not os.path.exists(file):

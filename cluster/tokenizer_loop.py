@@ -27,6 +27,7 @@ from cluster.training_run import RunPlan, TrainingRun
 from cluster.watchdog import Watchdog
 from pipeline.encoding import use_parity_mode
 from pipeline.image_loader import ImageLoader, LoadedImages
+from stages.first_stage.artefact import own_metadata
 from stages.first_stage.discriminator import build_discriminator
 from stages.first_stage.pixels import to_input
 from stages.first_stage.quantizers.health import codebook_health
@@ -227,7 +228,8 @@ class TokenizerStage:
             return
         torch.save(self.trainer.state_dict(), os.path.join(folder, STATE))
         weights = self.trainer.averaged_tokenizer().state_dict()
-        save_file({name: t.cpu().contiguous() for name, t in weights.items()}, os.path.join(folder, RESULT))
+        tensors = {name: t.cpu().contiguous() for name, t in weights.items()}
+        save_file(tensors, os.path.join(folder, RESULT), own_metadata("training"))
 
     def load(self, commit: checkpoints.Commit) -> None:
         check_resumable(commit, self.options, self.inputs)

@@ -4,10 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from pipeline import storage
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, architecture, load_tokenizer, read_config, save_tokenizer
+from stages.first_stage.foreign import DIFFUSERS_WEIGHTS
 from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
@@ -65,19 +67,24 @@ def store_tokenizer(tokenizer: Tokenizer, path: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         mark = save_tokenizer(tokenizer, folder)
         for name in (WEIGHTS, CONFIG):
-            if not storage.put_file_if_absent(storage.join(path, name), os.path.join(folder, name)):
-                present = storage.read_bytes(storage.join(path, name))
-                with open(os.path.join(folder, name), "rb") as file:
-                    if present != file.read():
-                        raise ArtefactError(
-                            f"{path}/{name} is there already, but with other contents. Choose another folder."
-                        )
+            target, source = storage.join(path, name), os.path.join(folder, name)
+            if storage.put_file_if_absent(target, source) or _is_finished(path, mark):
+                continue
+            if storage.read_bytes(target) != storage.read_bytes(source):
+                raise ArtefactError(f"{target} is there already, but with other contents. Choose another folder.")
     return mark
+
+
+def _is_finished(path: str, mark: str) -> bool:
+    """Whether this tokenizer is at a path of a store, though other versions may have written the same tensors as other bytes."""
+    return storage.exists(storage.join(path, CONFIG)) and tokenizer_fingerprint(path) == mark
 
 
 @contextmanager
 def local_weights(file: str) -> Iterator[str]:
-    """A local path of another project's checkpoint: a file, with the config.json beside it, or a folder of such.
+    """A local path of another project's checkpoint: a file, with the config.json beside it, or a diffusers folder.
+
+    Errors about a file that was fetched name it where it came from.
 
     Raises:
         ConfigError: it is an s3:// path at which there is nothing.
@@ -86,14 +93,24 @@ def local_weights(file: str) -> Iterator[str]:
         yield file
         return
     is_file = storage.exists(file)
-    parent, _, name = file.rpartition("/")
-    wanted = [file, storage.join(parent, CONFIG)] if is_file else storage.list_files(file)
-    if not wanted:
-        raise ConfigError(f"file is {file}, but there is no such file. Check the path.")
+    origin, name = file.rsplit("/", 1) if is_file else (file.rstrip("/"), "")
+    wanted = [name] if is_file else _diffusers_weights(origin)
     with tempfile.TemporaryDirectory() as folder:
-        for path in filter(storage.exists, wanted):
-            storage.download(path, os.path.join(folder, os.path.basename(path)))
-        yield os.path.join(folder, name) if is_file else folder
+        for part in wanted + [CONFIG] * storage.exists(storage.join(origin, CONFIG)):
+            storage.download(storage.join(origin, part), os.path.join(folder, part))
+        try:
+            yield os.path.join(folder, name).rstrip("/")
+        except (ArtefactError, ConfigError) as error:
+            error.args = (str(error).replace(folder, origin),)
+            raise
+
+
+def _diffusers_weights(folder: str) -> list[str]:
+    """The name of the weights in a folder of a store; none if only other files are in it or below it, as in that of a pipeline."""
+    found = set(storage.list_files(folder))
+    if not found:
+        raise ConfigError(f"file is {folder}, but there is no such file. Check the path.")
+    return [name for name in DIFFUSERS_WEIGHTS if storage.join(folder, name) in found][:1]
 
 
 def open_project(path: str | None) -> Project | None:
@@ -101,7 +118,7 @@ def open_project(path: str | None) -> Project | None:
     if path is None:
         return None
     with local_weights(path) as local:
-        return read_project(local)
+        return replace(read_project(local), path=path)
 
 
 def store_export(tokenizer: Tokenizer, format: str, path: str) -> str:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -179,7 +180,7 @@ def reference_page() -> str:
             "",
             f"## {section.name}",
             "",
-            (cls.__doc__ or "").strip(),
+            inspect.cleandoc(cls.__doc__ or ""),
             "",
             "| key | type | default | meaning |",
             "|---|---|---|---|",

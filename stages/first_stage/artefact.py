@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,9 @@ from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
 
 WEIGHTS, CONFIG = "tokenizer.safetensors", "config.json"
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "tessera-tokenizer", 1
+MARKER = "tessera"  # what files of ours say beside their tensors; other readers pass over it
+WEIGHTS_OF = "weights_of"  # there, in files that are not for other projects
 HEADER = ("format", "format_version", "fingerprint")
 
 
@@ -48,10 +51,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()
     }
-    _write_durably(os.path.join(folder, WEIGHTS), lambda path: save_file(tensors, path))
+    metadata = own_metadata("artefact")
+    _write_durably(os.path.join(folder, WEIGHTS), lambda path: save_file(tensors, path, metadata))
     text = json.dumps(
         {
-            "format": "tessera-tokenizer",
+            "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "fingerprint": mark,
             **baked.config.identity(),
@@ -60,6 +64,24 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
     )
     _write_durably(config_path, lambda path: _write_text(path, text))
     return mark
+
+
+def own_metadata(kind: Literal["artefact", "training"]) -> dict[str, str]:
+    """What a safetensors file says so that it is not taken for another project's, whose tensors have the same names.
+
+    It is one entry: of several, safetensors writes the order at random, and artefacts in a store are compared byte by byte.
+    """
+    return {MARKER: json.dumps({WEIGHTS_OF: kind})}
+
+
+def is_artefact(folder: str) -> bool:
+    """Whether a local folder is that of a tokenizer artefact, of whatever version and whether or not it is whole."""
+    try:
+        with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read_config(folder: str) -> dict:
@@ -82,7 +104,7 @@ def read_config(folder: str) -> dict:
         ) from None
     if (
         not isinstance(content, dict)
-        or content.get("format") != "tessera-tokenizer"
+        or content.get("format") != FORMAT
         or content.get("format_version") != FORMAT_VERSION
     ):
         raise ArtefactError(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
-from stages.first_stage.artefact import fingerprint
-from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, MARKER, Foreign, name_some, read_foreign
+from stages.first_stage.artefact import MARKER, fingerprint
+from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, INTEGERS, Foreign, name_some, read_foreign
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
@@ -68,7 +68,7 @@ def import_tokenizer(
 
     Raises:
         ConfigError: no such file, format or part.
-        ArtefactError: damaged, hostile, or not exactly the tensors of a VQGAN.
+        ArtefactError: damaged, hostile, not exactly the tensors of a VQGAN, or a tokenizer of this project's own.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format}, but it must be auto, {', '.join(FORMATS)}. Choose one of them.")
@@ -183,7 +183,7 @@ def _autoencoder(foreign: Foreign, part: Part) -> Foreign:
 
 def _num_entries(foreign: Foreign) -> int | None:
     """Rows of the codebook, those too that a `remap` leaves unused."""
-    return next((len(foreign.tensors[name]) for name in PER_CODE if name in foreign.tensors), None)
+    return next((len(tensor) for name in PER_CODE if (tensor := foreign.tensors.get(name)) is not None and tensor.dim()), None)
 
 
 def _used_codes_only(foreign: Foreign) -> Foreign:
@@ -192,7 +192,7 @@ def _used_codes_only(foreign: Foreign) -> Foreign:
     used = tensors.pop(USED, None)
     if used is None or num_entries is None:
         return foreign
-    if used.dim() != 1 or not len(used) or used.is_floating_point() or not 0 <= used.min() <= used.max() < num_entries:
+    if used.dim() != 1 or not len(used) or used.dtype not in INTEGERS or not 0 <= used.min() <= used.max() < num_entries:
         raise ArtefactError(
             f"{foreign.path} has {USED} of shape {tuple(used.shape)}, but it must number entries of the codebook of "
             f"{num_entries}. Fetch it again."
@@ -203,7 +203,9 @@ def _used_codes_only(foreign: Foreign) -> Foreign:
         len(used),
         num_entries,
     )
-    cut = {name: tensors[name][used] for name in PER_CODE if name in tensors}
+    # One of another length is no part of the codebook; the check of shapes names it.
+    per_code = {name: tensors[name] for name in PER_CODE if name in tensors and tensors[name].shape[:1] == (num_entries,)}
+    cut = {name: tensor[used.long()] for name, tensor in per_code.items()}
     return Foreign(foreign.path, {**tensors, **cut}, foreign.marker)
 
 

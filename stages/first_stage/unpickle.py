@@ -62,6 +62,7 @@ BROKEN = (
     KeyError,
     IndexError,
     AttributeError,
+    AssertionError,
     OverflowError,
     MemoryError,
     struct.error,

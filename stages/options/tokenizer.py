@@ -37,7 +37,11 @@ class TokenizerOptions(QuantizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainOptions(QuantizerTrainOptions):
-    """How a tokenizer is trained. Schedules count images seen, so they do not change with the batch size."""
+    """How a tokenizer is trained.
+
+    Schedules (`*_samples` and the temperature) count images seen, so they do not change with the batch size. `revive_every_steps`,
+    `r1_every_steps` and the decays of moving averages (`weight_average_decay`, `codebook_decay`) count optimizer steps.
+    """
 
     num_samples: int = option(1_000_000, "Images to train on.", low=1)
     global_batch_size: int = option(64, "Images per optimizer step over all workers.", low=1)

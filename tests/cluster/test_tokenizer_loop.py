@@ -16,6 +16,7 @@ from cluster.tokenizer_loop import RESULT
 from cluster.tokenizer_options import settle, training_path
 from cluster.verify_run import verify_run
 from stages.errors import ArtefactError
+from stages.first_stage.import_export import import_tokenizer
 from stages.first_stage.training import FirstStageTrainer
 
 
@@ -56,6 +57,12 @@ def test_a_training_cut_at_a_commit_goes_on_bitwise(undisturbed, tmp_path):
     again = result(resumed)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert verify_run(training_path(cut.tokenizer.path)) == []
+
+
+def test_the_weights_of_a_commit_are_not_taken_for_a_published_tokenizer(undisturbed):
+    _, _, commit = undisturbed
+    with pytest.raises(ArtefactError, match="belong to that training"):
+        import_tokenizer(os.path.join(commit.path, RESULT))
 
 
 def test_rows_and_losses_do_not_depend_on_world_size(tmp_path):

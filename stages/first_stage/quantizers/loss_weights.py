@@ -28,10 +28,16 @@ def check_losses(quantizer: str, options: TokenizerTrainOptions) -> None:
     """Checks that what is asked for has a meaning for this quantizer.
 
     Raises:
-        ConfigError: a weight is given for a loss it does not have, a gradient for one that hands none on, or the weights
-            contradict the preset.
+        ConfigError: a weight is given for a loss it does not have, a preset that sets none it has, a gradient for one that hands
+            none on, or the weights contradict the preset.
     """
     loss_weights(quantizer, options)
+    preset = PRESETS[options.loss_preset] if options.loss_preset else {}
+    if preset and not preset.keys() & LOSSES_OF[quantizer]:
+        raise ConfigError(
+            f"tokenizer_train.loss_preset is {options.loss_preset}, but it sets the weights of {', '.join(preset)} alone, and "
+            f"tokenizer.quantizer={quantizer} has only: {', '.join(LOSSES_OF[quantizer]) or 'none'}. Leave it out."
+        )
     for name in LOSS_NAMES:
         given = getattr(options, f"{name}_weight", None)
         if given and name not in LOSSES_OF[quantizer]:

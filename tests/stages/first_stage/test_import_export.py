@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import fingerprint, load_tokenizer, save_tokenizer
+from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, own_metadata, save_tokenizer
 from stages.first_stage.import_export import export_tokenizer, import_tokenizer
 from stages.first_stage.names import FORMATS
 from stages.first_stage.tokenizer import Tokenizer
@@ -159,6 +159,7 @@ def damage(change):
         (lambda t: t.pop("decoder.conv_out.weight"), "lacks decoder.conv_out.weight"),
         (lambda t: t.pop("encoder.conv_in.weight"), "no encoder.conv_in.weight"),
         (lambda t: t.pop("quantize.embedding.weight"), "no quantize.embedding.weight"),
+        (lambda t: t.update({"quantize.embedding.weight": torch.tensor(1.0)}), r"a \(\) quantize.embedding.weight"),
         (lambda t: t.update({"decoder.conv_out.weight": torch.zeros(7, 32, 3, 3)}), r"\(7, 32, 3, 3\)"),
         (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(33, 3, 3, 3)}), "must divide the others"),
         (lambda t: t.update({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}), r"\(0, 3, 3, 3\)"),
@@ -173,6 +174,27 @@ def damage(change):
 def test_anything_but_exactly_a_vqgan_is_refused(checkpoint, change, message):
     with pytest.raises(ArtefactError, match=message):
         import_tokenizer(checkpoint({"state_dict": damage(change)}))
+
+
+@pytest.mark.parametrize("name", ["quantize.embedding.weight", "quant_conv.bias"])
+@pytest.mark.parametrize(
+    "odd,kind",
+    [
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: t.to("meta"), "on meta"),
+        (lambda t: t + 1j, "torch.complex64"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda t: torch.nested.nested_tensor([t, t]), "torch.float32"),
+        (lambda t: t.to(torch.float8_e8m0fnu), "torch.float8_e8m0fnu"),
+        (lambda t: torch.zeros(1).expand(1 << 40, 1 << 20), "torch.float32"),
+    ],
+    ids=["sparse", "meta", "complex", "quantized", "nested", "scales", "repeated"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_tensors_of_another_kind_are_refused(checkpoint, name, odd, kind):
+    path = checkpoint({"state_dict": damage(lambda tensors: tensors.update({name: odd(tensors[name])}))})
+    with pytest.raises(ArtefactError, match=f"has {name} as .*({kind}).* but weights must be dense"):
+        import_tokenizer(path)
 
 
 def test_a_checkpoint_of_something_else_is_refused(checkpoint):
@@ -203,6 +225,7 @@ def test_a_damaged_marker_is_refused(checkpoint):
         {"resolution": -1},
         {"attention_resolutions": 16},
         {"attention_resolutions": ["a"]},
+        {"weights_of": ["artefact"]},
     ):
         with pytest.raises(ArtefactError, match="positive integers"):
             import_tokenizer(checkpoint({"state_dict": tensors, "tessera": marker}))
@@ -286,6 +309,40 @@ def test_an_export_into_the_artefact_itself_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="Choose another folder"):
         export_tokenizer(load_tokenizer(str(tmp_path)), "diffusers", str(tmp_path))
     assert load_tokenizer(str(tmp_path)).fingerprint == mark
+
+
+def test_an_artefact_is_not_taken_for_a_published_tokenizer(tmp_path):
+    save_tokenizer(tokenizer(quantizer="vq-l2", num_norm_groups=8), str(tmp_path / "artefact"))
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / "artefact" / WEIGHTS).read_bytes())
+    for file in (tmp_path / "artefact" / WEIGHTS, tmp_path / "artefact", tmp_path / WEIGHTS):
+        with pytest.raises(ArtefactError, match=f"{file} is of a tokenizer artefact, but .* set tokenizer.path to its folder"):
+            import_tokenizer(str(file))
+
+
+def test_an_artefact_without_a_mark_is_known_by_its_config(tmp_path):
+    mark = save_tokenizer(tokenizer(), str(tmp_path))
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
+    assert load_tokenizer(str(tmp_path)).fingerprint == mark
+    with pytest.raises(ArtefactError, match="is of a tokenizer artefact, but"):
+        import_tokenizer(str(tmp_path / WEIGHTS))
+    (tmp_path / CONFIG).write_text('{"format": "of another kind"}')
+    assert import_tokenizer(str(tmp_path / WEIGHTS)).fingerprint == mark
+
+
+def test_other_files_in_the_folder_of_an_artefact_are_imported(tmp_path):
+    """The folder to import into may be that of the checkpoint, and importing it again is harmless."""
+    tensors = foreign(tokenizer(), "compvis")
+    torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
+    save_file(tensors, tmp_path / "last.safetensors")
+    mark = save_tokenizer(import_tokenizer(str(tmp_path / "last.ckpt")), str(tmp_path))
+    for name in ("last.ckpt", "last.safetensors"):
+        assert save_tokenizer(import_tokenizer(str(tmp_path / name)), str(tmp_path)) == mark
+
+
+def test_weights_of_a_training_belong_to_it(tmp_path):
+    save_file(foreign(tokenizer(), "compvis"), tmp_path / "w.safetensors", own_metadata("training"))
+    with pytest.raises(ArtefactError, match="of a commit of train-tokenizer, but its weights belong to that training"):
+        import_tokenizer(str(tmp_path / "w.safetensors"))
 
 
 def test_a_euclidean_codebook_in_llamagen_naming_is_announced(tmp_path, caplog):

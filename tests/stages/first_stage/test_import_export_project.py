@@ -161,9 +161,27 @@ def test_a_codebook_of_used_codes_is_cut_to_them(checkpoint, project, caplog):
     codes = torch.randint(0, 4, (1, 8, 8))
     assert imported.codebook_size == 4 and "4 of 32 codebook entries" in caplog.text
     assert torch.equal(imported.decode(codes), model.decode(used[codes]))
-    for wrong in (torch.tensor([32]), torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([], dtype=torch.int64)):
+    for wrong in ([32], [0.5], [[1]], torch.tensor([], dtype=torch.int64), [True] * 32):
+        wrong = torch.as_tensor(wrong)
         with pytest.raises(ArtefactError, match="must number entries"):
             import_tokenizer(checkpoint({**foreign(model, "compvis"), "quantize.used": wrong}))
+
+
+def test_used_codes_may_be_small_integers(checkpoint):
+    tensors = foreign(tokenizer(), "compvis")
+    wide, narrow = (
+        import_tokenizer(checkpoint({**tensors, "quantize.used": torch.tensor([3, 5, 30], dtype=dtype)}))
+        for dtype in (torch.int64, torch.uint8)
+    )
+    assert narrow.fingerprint == wide.fingerprint
+
+
+@pytest.mark.parametrize("name", ["quantize.embed.weight", "quantize.proj.weight", "quantize.proj.bias"])
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_codebook_of_another_shape_than_its_used_codes_is_refused(checkpoint, name, shape):
+    tensors = {**foreign(tokenizer(quantizer="gumbel"), "compvis"), "quantize.used": torch.tensor([3, 5, 30])}
+    with pytest.raises(ArtefactError, match=f"{name}|must number entries"):
+        import_tokenizer(checkpoint({**tensors, name: torch.zeros(shape)}))
 
 
 def test_a_gumbel_tokenizer_is_known_by_its_tensors(checkpoint, tmp_path):

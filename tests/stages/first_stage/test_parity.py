@@ -11,8 +11,11 @@ from foreign_support import foreign
 from oracles import diffusers_vq_model, taming
 from safetensors.torch import save_file
 
+from stages.first_stage.architecture import build_tokenizer, infer_config
 from stages.first_stage.artefact import fingerprint
-from stages.first_stage.import_export import export_tokenizer, import_tokenizer
+from stages.first_stage.foreign import Foreign
+from stages.first_stage.import_export import TRAINING_ONLY, export_tokenizer, import_tokenizer
+from stages.first_stage.names import count_levels, detect_format, renamer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
 
@@ -27,12 +30,13 @@ SMALL = dict(
     attention_resolutions=(64,),
     z_channels=16,
 )
-# The published sizes: CompVis f16-1024, LlamaGen's VQ-16, GumbelVQ f8-8192, and latent-diffusion's vq-f4, vq-f8 and vq-f16.
+# The published sizes: CompVis f16-1024, LlamaGen's VQ-16 and VQ-8, GumbelVQ f8-8192, and latent-diffusion's vq-f4, vq-f8 and vq-f16.
 F16 = dict(SMALL, base_channels=128, channel_multipliers=(1, 1, 2, 2, 4), attention_resolutions=(16,), z_channels=256)
 F8 = dict(F16, channel_multipliers=(1, 1, 2, 4), attention_resolutions=(32,))
 PUBLISHED = {
     "f16-1024": (dict(F16, codebook_size=1024, codebook_dim=256), 72_141_699),
     "vq-16": (dict(F16, codebook_size=16384), 71_883_403),
+    "vq-8": (dict(F8, codebook_size=16384, channel_multipliers=(1, 2, 2, 4)), 70_109_835),
     "gumbel-f8": (dict(F8, codebook_size=8192, codebook_dim=256, quantizer="gumbel"), 68_995_971),
     "ldm-f4": (
         dict(F16, codebook_size=8192, codebook_dim=3, z_channels=3, channel_multipliers=(1, 2, 4), attention_resolutions=()),
@@ -45,7 +49,13 @@ PUBLISHED = {
     "ldm-f16": (dict(F16, codebook_size=16384, z_channels=8), 69_593_371),
     "seg-182": (dict(F16, in_channels=182, codebook_size=1024, codebook_dim=256), 72_554_294),
 }
-KEYS = Path(__file__).parent / "compvis_vqgan_keys.txt"
+# What the projects themselves call the tensors of such models: the list, its naming and its length.
+LISTS = {
+    ("f16-1024", "compvis"): ("compvis_vqgan_keys.txt", 398),
+    ("vq-16", "llamagen"): ("llamagen_vq16_keys.txt", 344),
+    ("vq-8", "llamagen"): ("llamagen_vq8_keys.txt", 300),
+    ("vq-16", "diffusers"): ("diffusers_vqmodel_keys.txt", 343),
+}
 
 
 def randomise(module, seed=0):
@@ -174,14 +184,21 @@ def test_diffusers_normalises_the_same_groups(tmp_path):
     torch.testing.assert_close(ours.decode(codes.view(2, *ours.grid(32))), expected, atol=1e-4, rtol=0)
 
 
-def test_the_reference_list_of_tensors_is_met():
-    """Every name and shape of a published checkpoint is either the tokenizer's or of its training losses."""
-    listed = re.findall(r"^([\w.]+)\t\(([\d, ]*)\)$", KEYS.read_text(), re.MULTILINE)
-    expected = {name: tuple(int(size) for size in re.findall(r"\d+", shape)) for name, shape in listed}
+@pytest.mark.parametrize("name,format", LISTS)
+def test_the_reference_lists_of_tensors_are_met(name, format):
+    """Every name and shape of a published checkpoint is either the tokenizer's or one that only its training needs."""
+    file, length = LISTS[name, format]
+    listed = re.findall(r"^([\w.]+)\t\(([\d, ]*)\)$", (Path(__file__).parent / file).read_text(), re.MULTILINE)
     with torch.device("meta"):
-        ours = shapes(Tokenizer(TokenizerConfig(**PUBLISHED["f16-1024"][0])))
-    assert len(expected) == 398
-    assert {name: shape for name, shape in expected.items() if not name.startswith("loss.")} == ours
+        tensors = {name: torch.empty([int(size) for size in re.findall(r"\d+", shape)]) for name, shape in listed}
+        ours = foreign(Tokenizer(TokenizerConfig(**PUBLISHED[name][0])), format)
+    published = Foreign(file, tensors, {}).without(TRAINING_ONLY)
+    assert len(tensors) == length and detect_format(list(tensors)) == format
+    assert {name: t.shape for name, t in published.tensors.items()} == {name: t.shape for name, t in ours.items()}
+    rename = renamer(format, count_levels(list(tensors), format))
+    config = infer_config(published, rename)
+    assert config == TokenizerConfig(**PUBLISHED[name][0])
+    assert build_tokenizer(config, published.tensors, rename, file).config == config
 
 
 def test_the_diffusers_model_of_weights_it_saved_itself_is_taken(tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ArtefactError, match="whole"):
         read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("identity", [b"K\x01", b"]", b")", b"X\x07\x00\x00\x00storage\x85"], ids=["number", "list", "empty", "short"])
+def test_a_storage_that_is_named_wrongly_is_refused(tmp_path, identity):
+    """What stands before the opcode Q in a pickle is what torch.load takes for the description of a storage."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(tmp_path / "odd.ckpt", "w") as odd:
+        for name in whole.namelist():
+            data = b"\x80\x02}X\x01\x00\x00\x00a" + identity + b"Qs." if name.endswith("data.pkl") else whole.read(name)
+            odd.writestr(name, data)
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        read_checkpoint(str(tmp_path / "odd.ckpt"))
 
 
 def test_something_else_than_a_dict_is_refused(tmp_path):

@@ -48,6 +48,8 @@ def test_the_losses_of_a_kind_are_those_it_computes(kind):
         ("gumbel", {"entropy_weight": 0.5}, ["entropy_weight is 0.5", "quantizer=gumbel", "only: kl"]),
         ("vq", {"kl_weight": 0.5}, ["kl_weight is 0.5", "only: codebook, commitment, entropy"]),
         ("bsq", {"quantizer_gradient": "rotation"}, ["quantizer_gradient is rotation", "vq-l2", "quantizer is bsq"]),
+        ("fsq", {"loss_preset": "compvis-legacy"}, ["tokenizer_train.loss_preset is compvis-legacy", "quantizer=fsq has only: none"]),
+        ("bsq", {"loss_preset": "compvis-legacy"}, ["loss_preset is compvis-legacy", "codebook, commitment, kl", "only: entropy"]),
         ("vq", {"loss_preset": "compvis-legacy", "commitment_weight": 1.0}, ["commitment_weight is 1.0", "preset"]),
     ],
 )
@@ -55,6 +57,11 @@ def test_what_would_have_no_effect_is_refused(kind, options, words):
     with pytest.raises(ConfigError) as caught:
         check_losses(kind, TokenizerTrainOptions(**options))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES_OF if kind not in ("fsq", "bsq")])
+def test_the_preset_is_for_every_other_kind(kind):
+    check_losses(kind, TokenizerTrainOptions(loss_preset="compvis-legacy"))
 
 
 @pytest.mark.parametrize("kind", LOSSES_OF)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stages.errors import ArtefactError
@@ -41,10 +42,10 @@ class Taker:
         self._tensors, self._left = foreign.tensors, set(foreign.tensors)
 
     def __call__(self, name: str, rank: int) -> Tensor:
-        """The tensor of this name and number of dimensions.
+        """The tensor of this name and number of dimensions, as float32.
 
         Raises:
-            ArtefactError: there is none.
+            ArtefactError: there is none, or it holds no real numbers.
         """
         tensor = self._tensors.get(name)
         if tensor is None or tensor.dim() != rank or not tensor.numel():
@@ -52,12 +53,37 @@ class Taker:
             raise ArtefactError(
                 f"{self.path} has {state} {name}, but its transformer needs one of {rank} dimensions. Check the file."
             )
+        if not tensor.is_floating_point():
+            raise ArtefactError(f"{self.path} has {name} of {tensor.dtype}, but weights are floating-point numbers. Check the file.")
         self._left.discard(name)
-        return tensor
+        return tensor.to(torch.float32)
 
-    def count(self, pattern: str) -> int:
-        """How many different numbers the first group of the pattern matches at the start of names."""
-        return len({match[1] for name in self._tensors if (match := re.match(pattern, name))})
+    def join(self, names: tuple[str, ...], rank: int) -> Tensor:
+        """Tensors of these names and one shape, one below the other.
+
+        Raises:
+            ArtefactError: one is missing or of another shape than the first.
+        """
+        parts = [self(name, rank) for name in names]
+        for name, part in zip(names, parts, strict=True):
+            if part.shape != parts[0].shape:
+                raise ArtefactError(
+                    f"{self.path} has {name} of shape {tuple(part.shape)}, but {names[0]} has {tuple(parts[0].shape)}, and both must be "
+                    "alike. Check the file."
+                )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def count_blocks(self, prefix: str) -> int:
+        """How many different numbers follow the prefix in names.
+
+        Raises:
+            ArtefactError: none.
+        """
+        pattern = re.escape(prefix) + r"\.(\d+)\."
+        found = {match[1] for name in self._tensors if (match := re.match(pattern, name))}
+        if not found:
+            raise ArtefactError(f"{self.path} has no {prefix}.*, but a transformer has one block at least. Check that the file is whole.")
+        return len(found)
 
     def finish(self) -> None:
         """Raises ArtefactError when tensors are left over."""

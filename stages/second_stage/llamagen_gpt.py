@@ -24,7 +24,7 @@ def read(foreign: Foreign, request: Request) -> Description:
 
     Raises:
         ArtefactError: not exactly such tensors, or of another codebook.
-        ConfigError: a size that was not published, without num_heads.
+        ConfigError: a size that was not published, without num_heads, or another number of classes than is asked for.
     """
     take = Taker(foreign.without(DERIVED).checked())
     if foreign.has("cls_embedding.cap_proj"):
@@ -33,14 +33,15 @@ def read(foreign: Foreign, request: Request) -> Description:
         )
     codes = take("tok_embeddings.weight", 2)
     check_vocabulary(foreign.path, len(codes), request.codebook_size)
-    num_layers, width = take.count(r"layers\.(\d+)\."), codes.shape[1]
-    num_heads = request.num_heads or HEADS.get((num_layers, width))
-    if num_heads is None or width % (4 * num_heads):
+    num_layers, width = take.count_blocks("layers"), codes.shape[1]
+    num_heads = HEADS.get((num_layers, width)) if request.num_heads is None else request.num_heads
+    if num_heads is None or num_heads < 1 or width % (4 * num_heads):
         raise ConfigError(
             f"--num-heads is {num_heads}, but a transformer of {num_layers} layers and width {width} needs a number of heads that "
             "divides its width into multiples of 4. Name it as it was trained."
         )
     classes = take("cls_embedding.embedding_table.weight", 2)
+    num_classes = _num_classes(foreign.path, len(classes), request.num_classes)
     weights = {
         "code_embedding.weight": codes,
         "conditioning.embedding.weight": classes,
@@ -48,7 +49,7 @@ def read(foreign: Foreign, request: Request) -> Description:
         "head.weight": take("output.weight", 2),
     }
     for layer in range(num_layers):
-        weights |= _block(take, layer, num_heads)
+        weights |= _block(take, layer, num_heads, width)
     take.finish()
     model = ModelOptions(
         num_layers=num_layers,
@@ -63,25 +64,38 @@ def read(foreign: Foreign, request: Request) -> Description:
         positions="rope-zero-prefix",
     )
     conditioning = ConditioningOptions(name="class")
-    return Description(model=model, conditioning=conditioning, num_classes=len(classes) - 1, weights=weights)
+    return Description(model=model, conditioning=conditioning, num_classes=num_classes, weights=weights)
 
 
-def _block(take: Taker, layer: int, num_heads: int) -> dict[str, Tensor]:
+def _num_classes(path: str, num_rows: int, asked: int | None) -> int:
+    """Classes of a table whose last row is the null class."""
+    if num_rows < 2:
+        raise ArtefactError(
+            f"{path} has a table of {num_rows} class, but it must hold one class and the null class at least. Check that the file is whole."
+        )
+    if asked not in (None, num_rows - 1):
+        raise ConfigError(
+            f"--num-classes is {asked}, but the tensors of {path} have {num_rows - 1} classes and the null class. Leave it out."
+        )
+    return num_rows - 1
+
+
+def _block(take: Taker, layer: int, num_heads: int, width: int) -> dict[str, Tensor]:
     theirs, ours = f"layers.{layer}.", f"blocks.{layer}."
     qkv = take(f"{theirs}attention.wqkv.weight", 2)
-    if len(qkv) != 3 * qkv.shape[1]:
+    if qkv.shape != (3 * width, width):
         raise ArtefactError(
-            f"{take.path} has {theirs}attention.wqkv.weight of shape {tuple(qkv.shape)}, but only models with as many key as query "
-            "heads are supported. Choose another checkpoint."
+            f"{take.path} has {theirs}attention.wqkv.weight of shape {tuple(qkv.shape)}, but only models of one width with as "
+            "many key as query heads are supported. Choose another checkpoint."
         )
     q, k, v = qkv.chunk(3)
-    gate_up = [take(f"{theirs}feed_forward.{name}.weight", 2) for name in ("w1", "w3")]
+    gate_up = take.join((f"{theirs}feed_forward.w1.weight", f"{theirs}feed_forward.w3.weight"), 2)
     return {
         f"{ours}attention_norm.weight": take(f"{theirs}attention_norm.weight", 1),
         f"{ours}attention.qkv.weight": torch.cat([_halves(q, num_heads), _halves(k, num_heads), v]),
         f"{ours}attention.out.weight": take(f"{theirs}attention.wo.weight", 2),
         f"{ours}ffn_norm.weight": take(f"{theirs}ffn_norm.weight", 1),
-        f"{ours}ffn.gate_up.weight": torch.cat(gate_up),
+        f"{ours}ffn.gate_up.weight": gate_up,
         f"{ours}ffn.down.weight": take(f"{theirs}feed_forward.w2.weight", 2),
     }
 

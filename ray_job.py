@@ -134,6 +134,16 @@ def run_export(args: argparse.Namespace) -> Any:
     return export(checkpoint, output, which=args.weights, dtype=args.dtype)
 
 
+def run_export_transformer(args: argparse.Namespace) -> Any:
+    from cluster.export import export_transformer
+    from pipeline.storage import absolute, check_reachable
+
+    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
+    check_reachable("CHECKPOINT", checkpoint)
+    check_reachable("--output", output)
+    return export_transformer(checkpoint, output, format=args.format, which=args.weights)
+
+
 def run_sample(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.sample_job import SampleJobOptions, sample
@@ -264,6 +274,7 @@ COMMANDS = {
     "verify": run_verify,
     "train": run_train,
     "export": run_export,
+    "export-transformer": run_export_transformer,
     "sample": run_sample,
     "evaluate": run_evaluate,
     "reference": run_reference,

@@ -5,6 +5,7 @@ a condition are copied into its own embedding; the null condition, which those m
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +14,42 @@ from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, name_some
 from stages.options import ConditioningOptions, ModelOptions
 from stages.project_config import NO_CONDITION, Target, number
-from stages.second_stage.foreign_transformer import Description, Request, Taker, check_vocabulary
+from stages.second_stage.foreign_transformer import (
+    Description,
+    Names,
+    Request,
+    Taker,
+    block_names,
+    check_vocabulary,
+    take_named,
+)
 
 logger = logging.getLogger(__name__)
 
-NORM_EPS = 1e-5
-BLOCK = {
-    "attention_norm": "ln1",
-    "attention.out": "attn.proj",
-    "ffn_norm": "ln2",
-    "ffn.up": "mlp.0",
-    "ffn.down": "mlp.2",
+# What all its models have.
+FIXED: dict[str, Any] = {
+    "positions": "learned",
+    "qk_norm": False,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "ffn": "gelu",
+    "bias": True,
+}
+# By the parameters of the original.
+DROPOUTS = {"embd_pdrop": "embedding_dropout", "resid_pdrop": "residual_dropout"}
+WHOLE: Names = {
+    "code_embedding.weight": ("tok_emb.weight",),
+    "norm.weight": ("ln_f.weight",),
+    "norm.bias": ("ln_f.bias",),
+    "head.weight": ("head.weight",),
+}
+BLOCK: Names = {
+    "attention_norm": ("ln1",),
+    "attention.qkv": ("attn.query", "attn.key", "attn.value"),
+    "attention.out": ("attn.proj",),
+    "ffn_norm": ("ln2",),
+    "ffn.up": ("mlp.0",),
+    "ffn.down": ("mlp.2",),
 }
 OTHER_PARTS = {
     r"first_stage_model\.": "the first stage",
@@ -34,6 +60,11 @@ ORDERS = ("permuter.forward_shuffle_idx", "permuter.backward_shuffle_idx")  # of
 TOKENIZERS = ("VQModel", "VQSegmentationModel", "GumbelVQ")
 # Of which configurations of the original say how they are used; here they are not.
 UNSUPPORTED = {"attn_pdrop": 0.0, "n_unmasked": 0}
+
+
+def names(num_layers: int) -> Names:
+    """The names of all tensors but those of conditions and positions."""
+    return WHOLE | block_names(BLOCK, num_layers, "blocks", ("weight", "bias"))
 
 
 def read(foreign: Foreign, request: Request) -> Description:
@@ -59,28 +90,19 @@ def read(foreign: Foreign, request: Request) -> Description:
     condition = vocabulary[rows]
     null = [condition.mean(0, keepdim=True)] * (conditioning.name != "none")
     weights = {
-        "code_embedding.weight": vocabulary,
         "conditioning.embedding.weight": torch.cat([condition, *null]),
         "position_embedding.weight": _used_positions(foreign.path, positions, conditioning.num_tokens or 1, request.grid),
-        **_pair(take, "norm", "ln_f"),
-        "head.weight": take("head.weight", 2),
+        **take_named(take, names(num_layers)),
     }
-    for layer in range(num_layers):
-        weights |= _block(take, layer)
     take.finish()
+    dropouts: dict[str, Any] = {ours: _dropout(params, theirs) for theirs, ours in DROPOUTS.items()}
     model = ModelOptions(
         num_layers=num_layers,
         hidden_size=width,
         num_heads=num_heads,
         ffn_size=len(weights["blocks.0.ffn.up.weight"]),
-        residual_dropout=_dropout(params, "resid_pdrop"),
-        embedding_dropout=_dropout(params, "embd_pdrop"),
-        qk_norm=False,
-        norm="layer",
-        norm_eps=NORM_EPS,
-        ffn="gelu",
-        positions="learned",
-        bias=True,
+        **dropouts,
+        **FIXED,
     )
     return Description(model=model, conditioning=conditioning, num_classes=num_classes, weights=weights)
 
@@ -181,7 +203,8 @@ def _condition(request: Request, has_tokenizer: bool, num_positions: int) -> tup
         )
     elif stage is not None or has_tokenizer:
         num_tokens = num_positions - request.grid[0] * request.grid[1]
-        num_codes = min(size, request.condition_codebook_size or size)
+        described = number(stage, "n_embed", project.path) if project is not None and isinstance(stage, Target) else None
+        num_codes = min(size, request.condition_codebook_size or described or size)
         _agreed(num_classes, num_codes, "the tokenizer of the condition")
         conditioning = ConditioningOptions(name="codes", num_tokens=max(1, num_tokens), cond_drop_prob=0.0)
         return conditioning, num_codes, list(range(num_codes))
@@ -205,25 +228,6 @@ def _agreed(asked: int | None, described: int | None, source: str) -> int | None
     if None not in (asked, described) and asked != described:
         raise ConfigError(f"--num-classes is {asked}, but {source} says {described}. Leave it out, or correct that.")
     return asked if described is None else described
-
-
-def _block(take: Taker, layer: int) -> dict[str, Tensor]:
-    ours, theirs = f"blocks.{layer}.", f"blocks.{layer}."
-    weights: dict[str, Tensor] = {}
-    for name, foreign_name in BLOCK.items():
-        weights |= _pair(take, ours + name, theirs + foreign_name)
-    for kind, rank in (("weight", 2), ("bias", 1)):
-        parts = tuple(f"{theirs}attn.{name}.{kind}" for name in ("query", "key", "value"))
-        weights[f"{ours}attention.qkv.{kind}"] = take.join(parts, rank)
-    return weights
-
-
-def _pair(take: Taker, ours: str, theirs: str) -> dict[str, Tensor]:
-    is_norm = "norm" in ours
-    return {
-        f"{ours}.weight": take(f"{theirs}.weight", 1 if is_norm else 2),
-        f"{ours}.bias": take(f"{theirs}.bias", 1),
-    }
 
 
 def _without_masks(foreign: Foreign) -> Foreign:

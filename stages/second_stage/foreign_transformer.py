@@ -1,15 +1,24 @@
-"""What is asked of, and found in, another project's transformer."""
+"""What is asked of, found in, and written as another project's transformer.
+
+Each project's names stand in one table, by the names here: several there are parts, one below the other, of one tensor here.
+Reading and writing both go by it.
+"""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, name_some
 from stages.options import ConditioningOptions, ModelOptions
 from stages.project_config import Project
+from stages.second_stage.transformer import TransformerConfig
+
+Names = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,19 @@ class Description:
     conditioning: ConditioningOptions
     num_classes: int
     weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A transformer as another project stores it.
+
+    Attributes:
+        content: what its own code loads.
+        parameters: what it is built with, as its configurations say it.
+    """
+
+    content: dict[str, Any]
+    parameters: dict[str, Any]
 
 
 class Taker:
@@ -105,3 +127,53 @@ def check_vocabulary(path: str, vocabulary: int, codebook_size: int) -> None:
             f"{path} has a transformer of {vocabulary} codes, but the tokenizer has {codebook_size}. Name the tokenizer that it was "
             "trained with."
         )
+
+
+def block_names(block: Names, num_layers: int, prefix: str, kinds: Sequence[str]) -> Names:
+    """The names of all tensors of all blocks.
+
+    Args:
+        block: names in one block.
+        num_layers: blocks.
+        prefix: what comes before a block's number there.
+        kinds: the last parts of the names: weight, bias.
+    """
+    return {
+        f"blocks.{layer}.{ours}.{kind}": tuple(f"{prefix}.{layer}.{name}.{kind}" for name in theirs)
+        for layer in range(num_layers)
+        for ours, theirs in block.items()
+        for kind in kinds
+    }
+
+
+def take_named(take: Taker, names: Names) -> dict[str, Tensor]:
+    """The tensors of a file by the names here. Raises what `Taker.join` raises."""
+    return {ours: take.join(theirs, 1 if "norm" in ours or ours.endswith("bias") else 2) for ours, theirs in names.items()}
+
+
+def give_named(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """The way back of `take_named`. Tensors share no memory, so that a file holds each once."""
+    found: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        parts = weights[ours].to(torch.float32).chunk(len(theirs))
+        found |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
+    return found
+
+
+def check_buildable(config: TransformerConfig, fixed: dict[str, Any], owner: str) -> None:
+    """Refuses a transformer that another project's code builds in another way.
+
+    Args:
+        config: of the transformer.
+        fixed: what that code builds in one way only, by the keys here.
+        owner: of that code, for messages.
+
+    Raises:
+        ConfigError: naming the first option that differs.
+    """
+    for key, needed in fixed.items():
+        if (value := getattr(config, key)) != needed:
+            raise ConfigError(
+                f"model.{key} is {value}, but {owner} has {needed} only. Train with model.{key}={needed}, or use the command export, "
+                "which writes every transformer under the names it has here."
+            )

@@ -97,6 +97,16 @@ def run_export_tokenizer(args: argparse.Namespace) -> Any:
     return {"file": file, "fingerprint": tokenizer.fingerprint}
 
 
+def run_export_transformer(args: argparse.Namespace) -> Any:
+    from cluster.export import export_transformer
+    from pipeline.storage import absolute, check_reachable
+
+    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
+    check_reachable("CHECKPOINT", checkpoint)
+    check_reachable("--output", output)
+    return export_transformer(checkpoint, output, format=args.format, which=args.weights)
+
+
 def run_tokenize(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from pipeline.job_options import select
@@ -132,16 +142,6 @@ def run_export(args: argparse.Namespace) -> Any:
     check_reachable("CHECKPOINT", checkpoint)
     check_reachable("--output", output)
     return export(checkpoint, output, which=args.weights, dtype=args.dtype)
-
-
-def run_export_transformer(args: argparse.Namespace) -> Any:
-    from cluster.export import export_transformer
-    from pipeline.storage import absolute, check_reachable
-
-    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
-    check_reachable("CHECKPOINT", checkpoint)
-    check_reachable("--output", output)
-    return export_transformer(checkpoint, output, format=args.format, which=args.weights)
 
 
 def run_sample(args: argparse.Namespace) -> Any:

@@ -100,6 +100,16 @@ def run_export_tokenizer(args: argparse.Namespace) -> Any:
     return {"file": file, "fingerprint": tokenizer.fingerprint}
 
 
+def run_export_transformer(args: argparse.Namespace) -> Any:
+    from cluster.export import export_transformer
+    from pipeline.storage import absolute, check_reachable
+
+    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
+    check_reachable("CHECKPOINT", checkpoint)
+    check_reachable("--output", output)
+    return export_transformer(checkpoint, output, format=args.format, which=args.weights)
+
+
 def run_tokenize(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from pipeline.job_options import select
@@ -278,6 +288,7 @@ COMMANDS = {
     "verify": run_verify,
     "train": run_train,
     "export": run_export,
+    "export-transformer": run_export_transformer,
     "sample": run_sample,
     "evaluate": run_evaluate,
     "reference": run_reference,

@@ -1,6 +1,7 @@
-"""The `export` command: the weights of a checkpoint for inference elsewhere."""
+"""The `export` and `export-transformer` commands: the weights of a checkpoint for inference elsewhere."""
 
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ from cluster import checkpoints
 from cluster.checkpoints import AVERAGES, WEIGHTS
 from cluster.sampler_actor import load_weights
 from pipeline import storage
+from stages.config import build
 from stages.errors import ArtefactError
+from stages.second_stage import export_transformer as foreign
+from stages.second_stage.transformer import TransformerConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG = "config.json"
@@ -20,7 +26,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What `export` reports."""
+    """What `export` and `export-transformer` report."""
 
     weights: str
     config: str
@@ -43,7 +49,7 @@ def export(checkpoint: str, output: str, *, which: str, dtype: str) -> ExportSum
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_weights(commit, which).items()}
     description = {
         "transformer": commit.content["transformer"],
-        "weights": "average" if which == "average" and commit.has(AVERAGES) else "last",
+        "weights": _taken(commit, which),
         "dtype": dtype,
         "step": commit.step,
         "checkpoint": commit.hash,
@@ -57,6 +63,36 @@ def export(checkpoint: str, output: str, *, which: str, dtype: str) -> ExportSum
         for name in (WEIGHTS, CONFIG):
             _store(os.path.join(folder, name), storage.join(output, name))
     return ExportSummary(weights=storage.join(output, WEIGHTS), config=storage.join(output, CONFIG), step=commit.step)
+
+
+def export_transformer(checkpoint: str, output: str, *, format: str, which: str) -> ExportSummary:
+    """Writes the transformer as another project stores it, with a file of the parameters that its code builds it with.
+
+    Args:
+        checkpoint: folder of a committed checkpoint, of any world size and ZeRO stage.
+        output: local or s3:// folder.
+        format: "compvis" or "llamagen".
+        which: "average" or "last", as for `cluster.sampler_actor.load_weights`.
+
+    Raises:
+        ConfigError: a transformer that the other project's code does not build; it names the option.
+        ArtefactError: no checkpoint, a damaged one, or an output that holds something else already.
+    """
+    commit = checkpoints.resolve_checkpoint(checkpoint, run_path="")
+    config = build(TransformerConfig, commit.content["transformer"])
+    weights = load_weights(commit, which)
+    with tempfile.TemporaryDirectory(prefix="tessera-export-") as folder:
+        names = foreign.export_transformer(config, weights, format, folder)
+        for name in names:
+            _store(os.path.join(folder, name), storage.join(output, name))
+    logger.info("The %s weights of step %d are in %s", _taken(commit, which), commit.step, output)
+    file, parameters = (storage.join(output, name) for name in names)
+    return ExportSummary(weights=file, config=parameters, step=commit.step)
+
+
+def _taken(commit: checkpoints.Commit, which: str) -> str:
+    """Which weights `load_weights` gives."""
+    return "average" if which == "average" and commit.has(AVERAGES) else "last"
 
 
 def _store(file: str, target: str) -> None:

@@ -145,6 +145,17 @@ def build_parser(description: str, runs: Mapping[str, Run]) -> argparse.Argument
         "--weights", default="average", choices=["average", "last"], help="averaged, where it has them"
     )
     exporter.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    foreign_exporter = add(
+        "export-transformer",
+        "Writes a checkpoint's transformer as another project stores it.",
+        "runs/default/checkpoints/step-000010000-5f2c… --format llamagen --output exported",
+    )
+    foreign_exporter.add_argument("checkpoint", help="folder of a checkpoint, of any world size and ZeRO stage")
+    foreign_exporter.add_argument("--format", required=True, choices=["compvis", "llamagen"])
+    foreign_exporter.add_argument("--output", required=True, help="folder for the weights and the parameters of the model")
+    foreign_exporter.add_argument(
+        "--weights", default="average", choices=["average", "last"], help="averaged, where it has them"
+    )
     sample = configured(add("sample", "Draws samples.", "-c configs/demo.yaml sampling.cfg_scale=2"))
     sample.add_argument("--checkpoint", default="latest", help='a checkpoint folder, or "latest" of run.path')
     evaluate = configured(add("evaluate", "Measures a checkpoint.", "-c configs/demo.yaml --checkpoint latest"))

@@ -240,12 +240,7 @@ def test_plan_prints_what_follows_and_touches_nothing(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-COMMANDS = (
-    "demo plan train-tokenizer import-tokenizer export-tokenizer tokenize verify train sample evaluate nightly submit"
-)
-
-
-@pytest.mark.parametrize("command", COMMANDS.split())
+@pytest.mark.parametrize("command", ray_job.COMMANDS)
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
         ray_job.main([command, "--help"])

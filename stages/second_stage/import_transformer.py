@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import ConditioningOptions, ModelOptions
@@ -79,6 +79,8 @@ def take_transformer(
             f"{foreign.path} has no transformer of {format if format in FORMATS else ' or '.join(FORMATS)}, but "
             f"import-transformer needs one. Choose {f'--format {found}' if found else 'another checkpoint'}."
         )
+    if found == "llamagen" and project is not None:
+        raise ConfigError(f"--config is {project.path}, but LlamaGen's checkpoints come without a project file. Leave it out.")
     side = tokenizer.grid(image_size or tokenizer.config.resolution)
     request = Request(
         codebook_size=tokenizer.codebook_size,

@@ -348,6 +348,8 @@ def parsed(*words: str) -> argparse.Namespace:
         ),
         (["verify", "runs/x"], "PATH is runs/x"),
         (["demo"], "--output is demo_output"),
+        (["export-transformer", "runs/x", "--format", "compvis", "--output", "s3://b/out"], "checkpoint is runs/x"),
+        (["export-transformer", "s3://b/x", "--format", "compvis", "--output", "out"], "--output is out"),
         (["import-tokenizer", "s3://b/f.ckpt", "--output", "s3://b/t", "--config", "my.yaml"], "--config is my.yaml"),
         (["evaluate", "-c", "configs/demo.yaml", "--tokenizer"], "run.path is demo_output/run"),
         (["submit", "--", "plan", "-c", "configs/demo.yaml"], "The command is submit"),

@@ -19,7 +19,7 @@ from stages.options import Config
 
 
 def checked_config(args: argparse.Namespace) -> Config:
-    """The configuration of a command line, with every check that needs no actor."""
+    """The configuration of a command line, with the checks that every command makes."""
     from cluster.job_plan import check_config
 
     config = load_config(args.config, args.overrides)
@@ -54,10 +54,11 @@ def run_plan(args: argparse.Namespace) -> Any:
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.tokenizer_job import train_tokenizer
-    from cluster.tokenizer_options import TokenizerJobOptions
+    from cluster.tokenizer_options import TokenizerJobOptions, check_training
     from pipeline.job_options import select
 
     options = select(TokenizerJobOptions, checked_config(args))
+    check_training(options)  # before Ray is started
     with connected():
         return train_tokenizer(options)
 

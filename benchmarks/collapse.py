@@ -129,7 +129,7 @@ def train(seed: int, switch: int, judged: set[int], crops: Crops, judge: Judge, 
     options = options_for(args.num_steps, switch, args.batch_size, args.weight)
     tokenizer = Tokenizer(tokenizer_config(TOKENIZER, IMAGES))
     trainer = FirstStageTrainer(tokenizer, build_discriminator(options, 3, IMAGES.size), options)
-    points = {}
+    points = {0: judge(trainer.averaged_tokenizer())} if 0 in judged else {}
     for step in range(args.num_steps):
         numbers = step * args.batch_size + np.arange(args.batch_size)
         trainer.step(to_float(crops.take(numbers, seed)), step * args.batch_size)

@@ -36,7 +36,7 @@ PYTHON_MISSING = 127  # the same for a command that is not there
 
 # Which sections of a configuration a command takes paths from.
 SECTIONS = {
-    "plan": ("source", "tokenizer"),
+    "plan": ("source",),
     "train-tokenizer": ("source", "tokenizer", "tokenizer_train"),
     "tokenize": ("source", "tokenizer", "codes"),
     "train": ("run", "tokenizer", "codes", "conditioning", "train"),

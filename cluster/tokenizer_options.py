@@ -25,8 +25,6 @@ from stages.options import (
 
 logger = logging.getLogger(__name__)
 
-MAX_CODE_BITS = 16
-
 # What may differ when a training goes on: none of it changes what a step computes, but for the order of sums among ranks.
 FREE = {
     "tokenizer_train": {
@@ -128,12 +126,7 @@ def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, im
                 f"tokenizer_train.{key} is {getattr(train, key)}, but labels (tokenizer.num_labels) are trained by cross entropy "
                 f"alone. Set it to 0."
             )
-    bits = num_bits(config.codebook_size)
-    if bits > MAX_CODE_BITS:
-        raise ConfigError(
-            f"tokenizer.codebook_size is {config.codebook_size}, which needs {bits} bits per code, but the codes column holds at "
-            f"most {MAX_CODE_BITS}. Use at most {1 << MAX_CODE_BITS}."
-        )
+    num_bits(config.codebook_size)  # that a code dataset can hold its codes
 
 
 def check_batch(options: TokenizerJobOptions) -> None:

@@ -1,7 +1,8 @@
 """Which record was judged, and who was told what: each hook of each record once, whatever else fails and whoever else looks.
 
 All of it is in the names of files `alerts/<record>.<state>.json`: `fine` or `worse` when a night has judged the record, the latter
-with what is to be told; the name of a hook that was told; `told` when nothing is left to do.
+with what is to be told; `<hook>.due` when a hook is to be told, and `<hook>` when it was. A night makes due the hooks that it has:
+those of another nightly of the same folder keep to their own, and one that is set later is not told what is long past.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from evaluation.compare import standard_errors_text
 from evaluation.hooks import hooks_of, notify
 from pipeline import storage
 from stages.errors import TesseraError
@@ -17,7 +19,7 @@ from stages.options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 
-FINE, WORSE, TOLD = "fine", "worse", "told"
+FINE, WORSE = "fine", "worse"
 LOG = "log"  # who is told where no hook is set
 
 Found = list[dict[str, Any]]  # of one record, each from `Regression.to_dict`
@@ -43,11 +45,14 @@ class Alerts:
 
     def note(self, record_id: str, found: Found) -> None:
         """Keeps what a record is judged to be, until it is told: also if this process does not live to tell it."""
+        for hook in self._hooks if found else ():
+            storage.put_if_absent(self._path(record_id, due(hook)), b"{}")
         storage.put_if_absent(self._path(record_id, WORSE if found else FINE), json.dumps(found).encode())
 
     def pending(self, record_ids: Collection[str]) -> dict[str, Found]:
         """What was found in these records, by id, that some hook was not told of, nor is another nightly about to."""
-        untold = sorted((self._with_state(WORSE) - self._with_state(TOLD)) & set(record_ids))
+        owed = {record_id for hook in self._hooks for record_id in self._with_state(due(hook)) - self._with_state(hook)}
+        untold = sorted(owed & self._with_state(WORSE) & set(record_ids))
         return {record_id: json.loads(storage.read_bytes(self._path(record_id, WORSE))) for record_id in untold if self._is_ours(record_id)}
 
     def tell(self, pending: Mapping[str, Found], page: str) -> None:
@@ -61,7 +66,7 @@ class Alerts:
                 _log(regression)
         problems = []
         for hook, setting in self._hooks.items():
-            untold = [record_id for record_id in pending if not storage.exists(self._path(record_id, hook))]
+            untold = [record_id for record_id in pending if self._is_owed(record_id, hook)]
             message = {"page": page, "regressions": [regression for record_id in untold for regression in pending[record_id]]}
             try:
                 if untold and hook != LOG:
@@ -71,20 +76,14 @@ class Alerts:
                 continue
             for record_id in untold:
                 storage.put_if_absent(self._path(record_id, hook), b"{}")
-        for record_id in pending:
-            self._settle(record_id)
         if problems:
             raise TesseraError("\n".join(problems))
 
     def _is_ours(self, record_id: str) -> bool:
-        return not self._settle(record_id) and self._take_claim(f"alert-{record_id}") and not self._settle(record_id)
+        return self._take_claim(f"alert-{record_id}") and any(self._is_owed(record_id, hook) for hook in self._hooks)
 
-    def _settle(self, record_id: str) -> bool:
-        """Whether every hook was told, which is then noted: a hook that is set later is told of later records only."""
-        is_told = all(storage.exists(self._path(record_id, hook)) for hook in self._hooks)
-        if is_told:
-            storage.put_if_absent(self._path(record_id, TOLD), b"{}")
-        return is_told
+    def _is_owed(self, record_id: str, hook: str) -> bool:
+        return storage.exists(self._path(record_id, due(hook))) and not storage.exists(self._path(record_id, hook))
 
     def _with_state(self, state: str) -> set[str]:
         suffix = f".{state}.json"
@@ -94,8 +93,15 @@ class Alerts:
         return storage.join(self._folder, f"{record_id}.{state}.json")
 
 
+def due(hook: str) -> str:
+    """The state of a record of which a hook is to be told."""
+    return f"{hook}.due"
+
+
 def _log(regression: Mapping[str, Any]) -> None:
     logger.warning(
-        "%s of step %d is %.6g, %.1f standard errors worse than %.6g of step %d (%s)",
-        *(regression[name] for name in ("metric", "step", "after", "worse_by", "before", "best_step", "run")),
+        "%s of step %d is %.6g, worse than %.6g of step %d by %s (%s)",
+        *(regression[name] for name in ("metric", "step", "after", "before", "best_step")),
+        standard_errors_text(regression["worse_by"]),
+        regression["run"],
     )

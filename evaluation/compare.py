@@ -128,7 +128,8 @@ def direction(metric: str) -> int:
 def _difference(metric: str, before: dict[str, Any], after: dict[str, Any]) -> Difference:
     errors = (before["standard_error"], after["standard_error"])
     error = math.hypot(*errors) if None not in errors else None
-    worse = direction(metric) * (after["value"] - before["value"])
+    is_change = error != 0.0 or not math.isclose(before["value"], after["value"], rel_tol=1e-6)  # else rounding, which has no error bar
+    worse = direction(metric) * (after["value"] - before["value"]) * is_change
     worse_by = None
     if error is not None and direction(metric):
         worse_by = worse / error if error else math.copysign(CERTAIN, worse) if worse else 0.0
@@ -165,10 +166,16 @@ def find_regressions(series: Sequence[Record], threshold: float) -> list[Regress
 
 
 def to_judge(series: Sequence[Record], judged: Collection[str] = ()) -> list[Record]:
-    """The records of a series that say how its training stands, and those that came after the last one in `judged` (ids)."""
+    """The records of a series that say how its training stands, and those of higher steps and later times than all in `judged` (ids)."""
     newest = max(series, key=lambda record: record.created_at)
-    last = max((record.created_at for record in series if record.id in judged), default=newest.created_at)
-    return [record for record in series if record in (series[-1], newest) or record.created_at > last]
+    known = [record for record in series if record.id in judged] or [series[-1], newest]
+    last, step = max(record.created_at for record in known), max(record.step for record in known)
+    return [record for record in series if record in (series[-1], newest) or (record.created_at > last and record.step > step)]
+
+
+def standard_errors_text(worse_by: float) -> str:
+    """`12.3 standard errors`, or what stands for that where there is no error at all."""
+    return f"{worse_by:,.1f} standard errors" if abs(worse_by) < CERTAIN else "without any error"
 
 
 def threshold_among(num_earlier: int, threshold: float) -> float:

@@ -9,7 +9,7 @@ from cluster.tokenizer_options import training_path
 from evaluation.compare import find_regressions, group_series
 from evaluation.evaluate import EvaluateOptions
 from evaluation.labels import metric_label, run_name
-from evaluation.prepare import recorded_sampling
+from evaluation.prepare import TOKENIZER, recorded_sampling
 from evaluation.records import Record, list_records, write_rows
 from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures
@@ -52,6 +52,7 @@ def write_report(
             records,
             read=lambda path: storage.read_bytes(storage.join(options.evaluation.path, path)),
             link=lambda record: links.get(record.id),
+            headline=headline,
         ),
         curves=_tokenizer_curves(options) + _run_curves(options, commit),
         wall_seconds=wall_seconds or {},
@@ -61,14 +62,14 @@ def write_report(
 
 def choose_headline(records: Sequence[Record], options: EvaluateOptions, commit: checkpoints.Commit | None) -> Record | None:
     """The record whose numbers head the page: by preference of the run's newest commit, then of this run, then sampled as configured,
-    then the newest. A night may measure another checkpoint or run last, and a search other options."""
+    then the newest. A night may measure another checkpoint or run last, and a search other options. Tokenizers head no page of a run."""
 
     def rank(record: Record) -> tuple[bool, bool, bool, str]:
         is_ours = record.run == options.run.path
         is_newest = is_ours and commit is not None and record.step == commit.step
         return is_newest, is_ours, record.content["sampling"] == recorded_sampling(options.draws()), record.created_at
 
-    return max(records, key=rank, default=None)
+    return max((record for record in records if commit is None or record.content.get("subject") != TOKENIZER), key=rank, default=None)
 
 
 def _summary(options: EvaluateOptions, headline: Record | None, commit: checkpoints.Commit | None) -> dict[str, str]:

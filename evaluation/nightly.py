@@ -148,7 +148,7 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
         night.present[path] = record.path
     else:
         try:
-            night.evaluated[path] = evaluate(options, _progress_until(deadline), preparation).path
+            night.evaluated[path] = evaluate(options, _progress_until(deadline, budget), preparation).path
         except BudgetSpent as error:
             if left > WHOLE_NIGHT * budget:  # no night would be long enough
                 raise
@@ -174,12 +174,15 @@ def _expected_seconds(evaluation_path: str, checkpoint: str, num_samples: int, b
     return seconds[-1] if seconds and seconds[-1] <= budget else 0.0
 
 
-def _progress_until(deadline: float) -> Any:
+def _progress_until(deadline: float, budget: float) -> Any:
     report = log_progress()
 
     def progress(done: dict[str, int], totals: dict[str, int]) -> None:
         if time.monotonic() > deadline:
-            raise BudgetSpent("nightly.time_budget_seconds is over while it runs. Raise it, or lower num_samples.")
+            raise BudgetSpent(
+                f"nightly.time_budget_seconds is {budget:g}, but then an evaluation was still running. Raise it, or lower "
+                f"evaluation.num_samples."
+            )
         report(done, totals)
 
     return progress

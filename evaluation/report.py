@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.charts import Bar, Series, bar_chart, line_chart, thin
-from evaluation.compare import Regression
+from evaluation.compare import Regression, standard_errors_text
 from evaluation.labels import metric_label, run_name, sampling_text
 from evaluation.records import Record
 from evaluation.trends import trend_groups
@@ -77,17 +77,17 @@ def render_report(data: ReportData) -> str:
         ConfigError: jinja2 is not installed.
     """
     headline = data.headline or (data.records[-1] if data.records else None)
-    latest = headline.content if headline else None
+    content = headline.content if headline else None
     script, style = _asset("report.js"), _asset("report.css")
     return _template().render(
         data=data,
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        latest=latest,
-        distances=_distance_rows(latest) if latest else [],
-        distance_bars=_distance_bars(latest) if latest else "",
-        measurements=_other_rows(latest) if latest else [],
+        headline=content,
+        distances=_distance_rows(content) if content else [],
+        distance_bars=_distance_bars(content) if content else "",
+        measurements=_other_rows(content) if content else [],
         regressions=[_regression_row(regression, data.links) for regression in data.regressions],
         curves=[_curve_chart(curve) for curve in data.curves],
         trends=trend_groups(data.records),
@@ -214,7 +214,7 @@ def _regression_row(regression: Regression, links: Mapping[str, str]) -> dict[st
         "best_step": best.step,
         "best_value": _text(best.metrics[difference.metric]),
         "best_link": links.get(best.id),
-        "worse_by": f"{difference.worse_by:,.1f}",
+        "worse_by": standard_errors_text(difference.worse_by or 0.0),
     }
 
 

@@ -58,7 +58,10 @@ class Pictures:
 
 
 def gather_pictures(
-    records: Sequence[Record], read: Callable[[str], bytes], link: Callable[[Record], str | None]
+    records: Sequence[Record],
+    read: Callable[[str], bytes],
+    link: Callable[[Record], str | None],
+    headline: Record | None = None,
 ) -> Pictures:
     """The pictures of a history.
 
@@ -66,15 +69,16 @@ def gather_pictures(
         records: of one store.
         read: the bytes of a grid, by its path in a record.
         link: to a record's file, as the page has it.
+        headline: whose pictures stand still; those of the newest if not given.
     """
     if not records:
         return Pictures()
     chosen = [s for s in reversed(group_series(records)) if any(SAMPLES in r.grids for r in s)][:MAX_SERIES]
     names = series_names(chosen) if len(chosen) > 1 else [""] * len(chosen)
     viewers = [_viewer(name, series, read, link) for name, series in zip(names, chosen)]
-    newest = max(records, key=lambda record: record.created_at)
-    still = [_still(newest, name, read) for name in newest.grids if name != SAMPLES]
-    class_names = newest.content.get("class_names", [])
+    shown = headline or max(records, key=lambda record: record.created_at)
+    still = [_still(shown, name, read) for name in shown.grids if name != SAMPLES]
+    class_names = shown.content.get("class_names", [])
     frames = [*still, *(frame for viewer in viewers for frame in viewer.frames)]
     labels = sorted({label for frame in frames for label in frame.sheet.boxes})
     return Pictures(

@@ -93,9 +93,9 @@ def num_norm_groups(options: TokenizerOptions) -> int:
         ConfigError: the channels at full resolution cannot be shared out evenly.
     """
     base, asked = options.base_channels, options.num_norm_groups
-    divisor = asked or CHANNELS_PER_GROUP
+    divisor = asked or (CHANNELS_PER_GROUP if base <= CHANNELS_PER_GROUP * PUBLISHED_NORM_GROUPS else PUBLISHED_NORM_GROUPS)
     if base % divisor:
-        rule = f"tokenizer.num_norm_groups, {asked}" if asked else f"{CHANNELS_PER_GROUP} unless tokenizer.num_norm_groups is given"
+        rule = f"tokenizer.num_norm_groups, {asked}" if asked else f"{divisor} unless tokenizer.num_norm_groups is given"
         raise ConfigError(
             f"tokenizer.base_channels is {base}, but it must be a multiple of {rule}. Use {-(-base // divisor) * divisor}."
         )

@@ -19,7 +19,9 @@ class TokenizerOptions(QuantizerOptions):
         low=2,
         high=256,
     )
-    base_channels: int = option(128, "Channels at full resolution; a multiple of num_norm_groups, or of 4.", low=4)
+    base_channels: int = option(
+        128, "Channels at full resolution; a multiple of num_norm_groups, without it of 4, and of 32 above 128.", low=4
+    )
     channel_multipliers: tuple[int, ...] = option(
         (1, 1, 2, 2, 4), "Per level; each level but the last halves the image.", low=1
     )

@@ -15,7 +15,9 @@ FILES = {"compvis": ("transformer.ckpt", "project.yaml"), "llamagen": ("transfor
 
 
 def export_transformer(config: TransformerConfig, weights: dict[str, Tensor], format: str, folder: str) -> tuple[str, str]:
-    """Writes a transformer the way another project stores it; importing the file gives back the same tensors.
+    """Writes a transformer the way another project stores it.
+
+    Importing the file gives back the same tensors, but for a null condition and a start token that CompVis' cannot hold.
 
     Args:
         config: of the transformer.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from report_support import NAME, metric, record
 
-from evaluation.compare import compare, direction, find_regressions, group_series, threshold_among
+from evaluation.compare import compare, direction, find_regressions, group_series, threshold_among, to_judge
 from stages.errors import ArtefactError
 
 
@@ -71,7 +71,7 @@ def test_a_regression_is_worse_than_the_best_by_its_error_bars(gfds, flagged):
         assert found[0].difference.worse_by == pytest.approx(15 / (3.3 * 2**0.5))
 
 
-@pytest.mark.parametrize("recall, flagged", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize("recall, flagged", [(0.0, True), (1.0, False), (1.0 - 1e-12, False)])
 def test_a_change_between_values_without_any_error_is_certain(recall, flagged):
     """Shares are 0 or 1 in every block where samples collapsed."""
     before, after = record(100, 90.0), record(200, 90.0)
@@ -79,6 +79,15 @@ def test_a_change_between_values_without_any_error_is_certain(recall, flagged):
     found = find_regressions([before, after], threshold=3.0)
     assert [r.difference.metric for r in found] == (["recall"] if flagged else [])
     assert all(json.loads(json.dumps(r.to_dict(), allow_nan=False))["worse_by"] > 1000 for r in found)
+
+
+def test_old_steps_that_are_measured_late_are_not_judged_and_those_of_a_killed_night_are():
+    first, late, newest = record(300, 90.0, night=1), record(200, 500.0, night=2), record(500, 90.0, night=4)
+    killed = record(400, 500.0, night=3)
+    (series,) = group_series([first, late, killed, newest])
+    assert [r.step for r in to_judge(series, {first.id})] == [400, 500]
+    assert [r.step for r in to_judge(series, {first.id, killed.id, newest.id})] == [500]
+    assert [r.step for r in to_judge(series)] == [500]
 
 
 def test_after_a_training_went_back_its_newest_record_is_judged_by_earlier_steps():

@@ -33,5 +33,11 @@ def test_the_page_is_headed_by_the_newest_checkpoint_as_configured(records, expe
     assert choose_headline(records, OPTIONS, COMMIT) is records[expected]
 
 
+def test_a_tokenizer_heads_the_page_of_a_run_only_if_there_is_no_commit():
+    tokenizer = record(0, 90.0, run="/tokenizer", subject="tokenizer")
+    assert choose_headline([tokenizer], OPTIONS, COMMIT) is None
+    assert choose_headline([tokenizer], OPTIONS, None) is tokenizer
+
+
 def test_without_records_nothing_heads_the_page():
     assert choose_headline([], OPTIONS, COMMIT) is None

@@ -145,7 +145,7 @@ def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken
 def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(ray_cluster, options, monkeypatch):
     stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
     (message,) = stopped["failed"].values()  # it had the whole night
-    assert "time_budget_seconds is over while it runs" in message and stopped["exit_code"] == 1
+    assert "time_budget_seconds is 2, but then an evaluation was still running" in message and stopped["exit_code"] == 1
     assert list_records(options.evaluation.path) == []
     monkeypatch.setattr(nightly_module, "evaluate", fabricate)
     assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
@@ -290,6 +290,16 @@ def test_each_hook_is_told_once(options, tmp_path, unmeasured):
     told = json.loads((tmp_path / "told").read_text())
     assert told["regressions"] == json.loads(json.dumps(found["regressions"]))
     assert nightly(options, NightlyOptions(command=command))["exit_code"] == 0
+
+
+def test_nightlies_with_other_hooks_keep_to_their_own(options, tmp_path, unmeasured):
+    nightly(options, NightlyOptions())
+    worse(list_records(options.evaluation.path)[0], step=3)
+    assert nightly(options, NightlyOptions())["exit_code"] == 3, "by hand, without a hook"
+    for name in ("first", "second"):
+        settings = NightlyOptions(command=f"cat > {tmp_path}/{name}") if name == "first" else NightlyOptions(webhook="http://127.0.0.1:9/")
+        assert nightly(options, settings)["exit_code"] == 3
+    assert (tmp_path / "first").exists()
 
 
 def test_two_nightlies_at_once_tell_once(options, tmp_path, unmeasured):

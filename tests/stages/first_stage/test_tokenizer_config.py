@@ -11,6 +11,7 @@ from stages.options import ImageOptions, TokenizerOptions
     "tokenizer, images, words",
     [
         (TokenizerOptions(base_channels=42), ImageOptions(), ["tokenizer.base_channels is 42", "multiple of 4 unless", "Use 44"]),
+        (TokenizerOptions(base_channels=144), ImageOptions(), ["tokenizer.base_channels is 144", "multiple of 32 unless", "Use 160"]),
         (TokenizerOptions(base_channels=32, num_norm_groups=12), ImageOptions(), ["is 32", "num_norm_groups, 12", "Use 36"]),
         (TokenizerOptions(), ImageOptions(size=250), ["images.size is 250", "16", "256"]),
     ],

@@ -103,3 +103,15 @@ def test_storing_again_what_another_version_wrote_is_harmless(folder):
     assert store_tokenizer(tokenizer(), folder) == open_tokenizer(folder).fingerprint == mark
     with pytest.raises(ArtefactError, match="Choose another folder"):
         store_tokenizer(tokenizer(1), folder)
+
+
+def test_what_another_version_stored_by_half_is_finished_and_damage_is_not_passed_over(s3):
+    mark = store_tokenizer(tokenizer(), s3)
+    plain = save(load(storage.read_bytes(f"{s3}/{WEIGHTS}")))  # without what files say beside their tensors
+    storage.replace(f"{s3}/{WEIGHTS}", plain)
+    storage.delete(f"{s3}/{CONFIG}")
+    assert store_tokenizer(tokenizer(), s3) == open_tokenizer(s3).fingerprint == mark
+    for damaged in (plain[:-4], save({name: tensor + 1 for name, tensor in load(plain).items()})):
+        storage.replace(f"{s3}/{WEIGHTS}", damaged)
+        with pytest.raises(ArtefactError, match="with other contents"):
+            store_tokenizer(tokenizer(), s3)

@@ -27,6 +27,20 @@ def checked_config(args: argparse.Namespace) -> Config:
     return config
 
 
+def _reachable(key: str, path: str) -> str:
+    """A path that means the same in every process of a cluster and in every record, in a store that can be used."""
+    from pipeline.storage import absolute, check_reachable
+
+    path = absolute(path)
+    check_reachable(key, path)
+    return path
+
+
+def _checkpoint(args: argparse.Namespace) -> str:
+    """What --checkpoint names: a folder, or "latest" of run.path."""
+    return args.checkpoint if args.checkpoint == "latest" else _reachable("--checkpoint", args.checkpoint)
+
+
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render, stored_tokenizer
     from pipeline.inputs import needed_maps
@@ -54,11 +68,11 @@ def run_plan(args: argparse.Namespace) -> Any:
 def run_train_tokenizer(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from cluster.tokenizer_job import train_tokenizer
-    from cluster.tokenizer_options import TokenizerJobOptions, check_training
+    from cluster.tokenizer_options import TokenizerJobOptions, check_networks
     from pipeline.job_options import select
 
     options = select(TokenizerJobOptions, checked_config(args))
-    check_training(options)  # before Ray is started
+    check_networks(options.tokenizer, options.tokenizer_train, options.images)  # before Ray is started
     with connected():
         return train_tokenizer(options)
 
@@ -90,12 +104,9 @@ def run_import_transformer(args: argparse.Namespace) -> Any:
 
 
 def run_export_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute, check_reachable
     from pipeline.tokenizers import open_tokenizer, store_export
 
-    path, output = absolute(args.tokenizer), absolute(args.output)
-    check_reachable("tokenizer", path)
-    check_reachable("output", output)
+    path, output = _reachable("tokenizer", args.tokenizer), _reachable("output", args.output)
     tokenizer = open_tokenizer(path)
     file = store_export(tokenizer, args.format, output)
     return {"file": file, "fingerprint": tokenizer.fingerprint}
@@ -103,11 +114,8 @@ def run_export_tokenizer(args: argparse.Namespace) -> Any:
 
 def run_export_transformer(args: argparse.Namespace) -> Any:
     from cluster.export import export_transformer
-    from pipeline.storage import absolute, check_reachable
 
-    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
-    check_reachable("CHECKPOINT", checkpoint)
-    check_reachable("--output", output)
+    checkpoint, output = _reachable("CHECKPOINT", args.checkpoint), _reachable("--output", args.output)
     return export_transformer(checkpoint, output, format=args.format, which=args.weights)
 
 
@@ -140,22 +148,9 @@ def run_train(args: argparse.Namespace) -> Any:
 
 def run_export(args: argparse.Namespace) -> Any:
     from cluster.export import export
-    from pipeline.storage import absolute, check_reachable
 
-    checkpoint, output = absolute(args.checkpoint), absolute(args.output)
-    check_reachable("CHECKPOINT", checkpoint)
-    check_reachable("--output", output)
+    checkpoint, output = _reachable("CHECKPOINT", args.checkpoint), _reachable("--output", args.output)
     return export(checkpoint, output, which=args.weights, dtype=args.dtype)
-
-
-def _reachable(key: str, path: str | None) -> str | None:
-    """A path that means the same in every process of a cluster and in every record, checked; "latest" and None stay as they are."""
-    from pipeline.storage import absolute, check_reachable
-
-    if path is None or path == "latest":
-        return path
-    check_reachable(key, absolute(path))
-    return absolute(path)
 
 
 def run_sample(args: argparse.Namespace) -> Any:
@@ -163,7 +158,7 @@ def run_sample(args: argparse.Namespace) -> Any:
     from cluster.sample_job import SampleJobOptions, sample
     from pipeline.job_options import select
 
-    options = select(SampleJobOptions, checked_config(args), checkpoint=_reachable("--checkpoint", args.checkpoint))
+    options = select(SampleJobOptions, checked_config(args), checkpoint=_checkpoint(args))
     with connected():
         return sample(options)
 
@@ -178,8 +173,9 @@ def run_evaluate(args: argparse.Namespace) -> Any:
     if args.tokenizer and args.sweep:
         raise ConfigError("--sweep is given with --tokenizer, but a tokenizer alone draws no samples. Leave one of them out.")
     config = checked_config(args)
-    checkpoint = None if args.tokenizer else _reachable("--checkpoint", args.checkpoint)
-    verify, compare = _reachable("--verify", args.verify), _reachable("--compare", args.compare)
+    checkpoint = None if args.tokenizer else _checkpoint(args)
+    verify = args.verify and _reachable("--verify", args.verify)
+    compare = args.compare and _reachable("--compare", args.compare)
     options = select(EvaluateOptions, config, checkpoint=checkpoint)
     with connected():
         if verify:
@@ -229,10 +225,8 @@ def run_inspect(args: argparse.Namespace) -> Any:
 
 def run_verify(args: argparse.Namespace) -> Any:
     from evaluation.verify import verify_artefact
-    from pipeline.storage import absolute, check_reachable
 
-    path = absolute(args.path)
-    check_reachable("PATH", path)
+    path = _reachable("PATH", args.path)
     return _verdict(path, verify_artefact(path))
 
 

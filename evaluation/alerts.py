@@ -8,6 +8,7 @@ those of another nightly of the same folder keep to their own, and one that is s
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ class Alerts:
 
     def judged(self) -> set[str]:
         """Records, by id, that a night has looked at."""
-        return self._with_state(FINE) | self._with_state(WORSE)
+        records = self._records_by_state()
+        return records[FINE] | records[WORSE]
 
     def note(self, record_id: str, found: Found) -> None:
         """Keeps what a record is judged to be, until it is told: also if this process does not live to tell it."""
@@ -51,8 +53,9 @@ class Alerts:
 
     def pending(self, record_ids: Collection[str]) -> dict[str, Found]:
         """What was found in these records, by id, that some hook was not told of, nor is another nightly about to."""
-        owed = {record_id for hook in self._hooks for record_id in self._with_state(due(hook)) - self._with_state(hook)}
-        untold = sorted(owed & self._with_state(WORSE) & set(record_ids))
+        records = self._records_by_state()
+        owed = {record_id for hook in self._hooks for record_id in records[due(hook)] - records[hook]}
+        untold = sorted(owed & records[WORSE] & set(record_ids))
         return {record_id: json.loads(storage.read_bytes(self._path(record_id, WORSE))) for record_id in untold if self._is_ours(record_id)}
 
     def tell(self, pending: Mapping[str, Found], page: str) -> None:
@@ -85,9 +88,13 @@ class Alerts:
     def _is_owed(self, record_id: str, hook: str) -> bool:
         return storage.exists(self._path(record_id, due(hook))) and not storage.exists(self._path(record_id, hook))
 
-    def _with_state(self, state: str) -> set[str]:
-        suffix = f".{state}.json"
-        return {os.path.basename(path).removesuffix(suffix) for path in storage.list_files(self._folder, suffix=suffix)}
+    def _records_by_state(self) -> defaultdict[str, set[str]]:
+        """From one listing of the folder."""
+        records: defaultdict[str, set[str]] = defaultdict(set)
+        for path in storage.list_files(self._folder, suffix=".json"):
+            record_id, _, state = os.path.basename(path).removesuffix(".json").partition(".")
+            records[state].add(record_id)
+        return records
 
     def _path(self, record_id: str, state: str) -> str:
         return storage.join(self._folder, f"{record_id}.{state}.json")

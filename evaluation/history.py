@@ -74,15 +74,12 @@ def choose_headline(records: Sequence[Record], options: EvaluateOptions, commit:
 
 def _summary(options: EvaluateOptions, headline: Record | None, commit: checkpoints.Commit | None) -> dict[str, str]:
     """Numbers of one checkpoint: the one measured, or the newest where none is."""
-    summary, step = {"Source": options.source.name}, None
+    summary, shown = {"Source": options.source.name}, headline or commit
     if headline is not None:
-        step = headline.step
         summary["Run"] = run_name(headline.run)
-    elif commit is not None:
-        step = commit.step
-    if step is not None:
-        summary["Step"] = f"{step:,}"
-    if commit is not None and commit.step == step and commit.train_loss is not None:
+    if shown is not None:
+        summary["Step"] = f"{shown.step:,}"
+    if commit is not None and shown is not None and commit.step == shown.step and commit.train_loss is not None:
         summary["Training loss"] = f"{commit.train_loss:.3f} nats per code"
     for name in ("gfid", "gfd", "validation_nll"):
         if headline is not None and name in headline.metrics:

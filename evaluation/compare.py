@@ -128,14 +128,20 @@ def direction(metric: str) -> int:
 def _difference(metric: str, before: dict[str, Any], after: dict[str, Any]) -> Difference:
     errors = (before["standard_error"], after["standard_error"])
     error = math.hypot(*errors) if None not in errors else None
-    is_change = error != 0.0 or not math.isclose(before["value"], after["value"], rel_tol=1e-6)  # else rounding, which has no error bar
-    worse = direction(metric) * (after["value"] - before["value"]) * is_change
-    worse_by = None
-    if error is not None and direction(metric):
-        worse_by = worse / error if error else math.copysign(CERTAIN, worse) if worse else 0.0
+    worse_by = _worse_by(direction(metric), before["value"], after["value"], error)
     return Difference(
         metric=metric, before=before["value"], after=after["value"], standard_error=error, worse_by=worse_by
     )
+
+
+def _worse_by(sign: int, before: float, after: float, error: float | None) -> float | None:
+    """See `Difference`; `sign` is from `direction`, `error` that of the difference."""
+    if error is None or not sign:
+        return None
+    if error:
+        return sign * (after - before) / error
+    # What rounding changes has no error bar either.
+    return 0.0 if math.isclose(before, after, rel_tol=1e-6) else math.copysign(CERTAIN, sign * (after - before))
 
 
 def series_of(record: Record) -> str:

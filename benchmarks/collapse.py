@@ -2,11 +2,11 @@
 
     python benchmarks/collapse.py tiles/train [--vgg vgg16.pth --heads vgg.pth] [--output collapse.json]
 
-One tokenizer per seed is trained without an adversary's term up to each switch; from there on with it. Right before the switch, and
-at several points after it, the same held-out crops are reconstructed by the averaged weights, as they would be published. What
-counts is the worst of the points after the switch over the one before: of the Fréchet distance of EfficientNet-Lite0 features and,
-where weights are given, of LPIPS. A young tokenizer's distance rises and falls by itself, so each point is also held against the same
-step of a training in which the term is never switched on.
+One tokenizer per seed is trained without an adversary's term; where the discriminator starts to learn, a training with the term branches
+off for each switch. Right before the switch, and at several points after it, the same held-out crops are reconstructed by the averaged
+weights, as they would be published. What counts is the worst of the points after the switch over the one before: of the Fréchet
+distance of EfficientNet-Lite0 features and, where weights are given, of LPIPS. A young tokenizer's distance rises and falls by itself,
+so the same is said of the training without the term, and the two are compared step by step.
 """
 
 import sys
@@ -15,6 +15,7 @@ if not __package__:  # run as a file: this folder would hide Python's own module
     sys.path[0] = sys.path[0].rpartition("/")[0]
 
 import argparse
+import copy
 import json
 import logging
 import pathlib
@@ -55,6 +56,7 @@ TOKENIZER = TokenizerOptions(
     z_channels=64,
 )
 NEVER = 10**9
+WARM = 5  # the discriminator learns for a fifth of the training before its term is switched on
 
 
 def options_for(num_steps: int, switch: int, batch_size: int, weight: float) -> TokenizerTrainOptions:
@@ -70,7 +72,7 @@ def options_for(num_steps: int, switch: int, batch_size: int, weight: float) -> 
         discriminator_channels=32,
         discriminator_layers=2,
         discriminator_start_samples=switch * batch_size,
-        discriminator_warm_samples=num_steps // 5 * batch_size,
+        discriminator_warm_samples=num_steps // WARM * batch_size,
         discriminator_ramp_samples=num_steps // 10 * batch_size,
         max_adaptive_weight=10.0,
         lecam_weight=0.01,
@@ -123,35 +125,51 @@ class Judge:
         return values
 
 
-def train(seed: int, switch: int, judged: set[int], crops: Crops, judge: Judge, args: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """Trains with the term switched on after so many steps; what the judge says, by number of steps."""
+def new_trainer(seed: int, switch: int, args: argparse.Namespace) -> FirstStageTrainer:
+    """Whose adversary's term is switched on after so many steps."""
     torch.manual_seed(seed)
     options = options_for(args.num_steps, switch, args.batch_size, args.weight)
     tokenizer = Tokenizer(tokenizer_config(TOKENIZER, IMAGES))
-    trainer = FirstStageTrainer(tokenizer, build_discriminator(options, 3, IMAGES.size), options)
-    points = {0: judge(trainer.averaged_tokenizer())} if 0 in judged else {}
-    for step in range(args.num_steps):
-        numbers = step * args.batch_size + np.arange(args.batch_size)
-        trainer.step(to_float(crops.take(numbers, seed)), step * args.batch_size)
-        if is_time_to_revive(options, step + 1, args.num_steps):
+    return FirstStageTrainer(tokenizer, build_discriminator(options, 3, IMAGES.size), options)
+
+
+def train(
+    trainer: FirstStageTrainer, steps: range, seed: int, judged: set[int], kept: set[int], crops: Crops, judge: Judge
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, Any]]]:
+    """Trains on; returns what the judge says and the trainer's state, by number of steps done."""
+    options, points, states = trainer.options, {}, {}
+    batch_size, num_steps = options.global_batch_size, options.num_samples // options.global_batch_size
+    for step in steps:
+        if step in kept:
+            states[step] = copy.deepcopy(trainer.state_dict())
+        if step in judged:
+            points[step] = judge(trainer.averaged_tokenizer())
+        numbers = step * batch_size + np.arange(batch_size)
+        trainer.step(to_float(crops.take(numbers, seed)), step * batch_size)
+        if is_time_to_revive(options, step + 1, num_steps):
             trainer.revive_dead_codes()
-        if step + 1 in judged:
-            points[step + 1] = judge(trainer.averaged_tokenizer())
-    return points
+    points[steps.stop] = judge(trainer.averaged_tokenizer())
+    return points, states
 
 
 def run_seed(seed: int, crops: Crops, judge: Judge, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One training per switch, which share their beginning up to where the discriminator starts to learn, and one without."""
+    """A training in which the term is never switched on and, from where the discriminator starts to learn, one per switch."""
     places = {
         switch: np.linspace(switch, args.num_steps, args.num_points + 1).astype(int).tolist() for switch in args.switches
     }
-    without = train(seed, NEVER, {step for steps in places.values() for step in steps}, crops, judge, args)
+    begins = {switch: max(switch - args.num_steps // WARM, 0) for switch in args.switches}
+    judged = {step for steps in places.values() for step in steps}
+    steps = range(args.num_steps)
+    without, states = train(new_trainer(seed, NEVER, args), steps, seed, judged, set(begins.values()), crops, judge)
     logger.info("seed %d without the term: %s", seed, json.dumps(without))
     results = []
     for switch, (first, *rest) in places.items():
-        points = train(seed, switch, {first, *rest}, crops, judge, args)
+        trainer = new_trainer(seed, switch, args)
+        trainer.load_state_dict(copy.deepcopy(states[begins[switch]]))
+        points, _ = train(trainer, steps[begins[switch] :], seed, {first, *rest}, set(), crops, judge)
         after = {step: points[step] for step in rest}
         result = {"seed": seed, "switch": switch, "before": points[first], "after": after, "ratios": ratios(points[first], after)}
+        result["never"] = ratios(without[first], {step: without[step] for step in rest})
         result["beside"] = {name: max(after[step][name] / without[step][name] for step in rest) for name in result["ratios"]}
         logger.info("%s", json.dumps(result))
         results.append(result)
@@ -190,18 +208,23 @@ def main() -> None:
         results += run_seed(seed, crops, judge, args)
         if args.output:
             pathlib.Path(args.output).write_text(json.dumps(results, indent=1))
-    columns = ["worst after", "of that before", "of that without the term"]
-    heads = ["seed", "switched on at step", *(f"{name} {column}" for name in ("FD", "LPIPS") for column in ("before", *columns))]
+    print_table(results)
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """FD and LPIPS before and at worst, their ratio, the same in the training without the term, and the worst ratio of both at a step."""
+    columns = ["before", "worst after", "ratio", "never on", "beside"]
+    heads = ["seed", "switched on at step", *(f"{name} {column}" for name in ("FD", "LPIPS") for column in columns)]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for result in results:
         cells = [str(result["seed"]), str(result["switch"])]
         for name in ("fd", "lpips"):
-            if name in result["before"]:
-                worst = max(point[name] for point in result["after"].values())
-                numbers = [f"{value:.2f}" for value in (result["ratios"][name], result["beside"][name])]
-                cells += [f"{result['before'][name]:.4g}", f"{worst:.4g}", *numbers]
-            else:
-                cells += ["-"] * 4
+            if name not in result["before"]:
+                cells += ["-"] * len(columns)
+                continue
+            worst = max(point[name] for point in result["after"].values())
+            cells += [f"{value:.4g}" for value in (result["before"][name], worst)]
+            cells += [f"{result[part][name]:.2f}" for part in ("ratios", "never", "beside")]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -97,13 +97,17 @@ def _undo_first_step(engine: Any) -> None:
     engine.basic_optimizer.state.clear()
 
 
-def grad_norm(engine: Any) -> float:
-    """Norm of the gradient over all ranks; between the last backward pass of a step and the optimizer's, or after it if sharded."""
-    found = engine.get_global_grad_norm()
-    if found is not None:
-        return float(found)
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+def step_engine(engine: Any) -> float:
+    """The engine's step after a backward pass. Returns, where that ends the optimizer's step, the norm of the gradient over all ranks before
+    it is clipped, else 0."""
+    is_last, norm = engine.is_gradient_accumulation_boundary(), 0.0
+    # DeepSpeed's optimizers note the norm while they step. torch's own, which fp32 without sharding keeps, drops the gradients then.
+    notes_norm = hasattr(engine.optimizer, "_global_grad_norm")
+    if is_last and not notes_norm:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return float(engine.get_global_grad_norm()) if is_last and notes_norm else norm
 
 
 def learning_rate(optim: OptimOptions, train: TrainOptions, step: int) -> float:

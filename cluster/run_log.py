@@ -32,11 +32,13 @@ def chain(previous: str, records: list[dict[str, Any]]) -> str:
 
 
 def write_segment(run_path: str, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stores one segment and returns the entry by which a commit refers to it."""
+    """Stores one segment and returns the entry by which a commit refers to it. A run that goes back makes the same steps again, so the
+    name of the file tells its contents apart, too."""
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    path = f"log/{name}.jsonl"
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"log/{name}-{digest[:12]}.jsonl"
     storage.put_if_absent(storage.join(run_path, path), data)
-    return {"path": path, "sha256": hashlib.sha256(data).hexdigest(), "num_steps": len(records)}
+    return {"path": path, "sha256": digest, "num_steps": len(records)}
 
 
 def read_log(run_path: str, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:

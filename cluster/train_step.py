@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cluster.deepspeed_engine import grad_norm
+from cluster.deepspeed_engine import step_engine
 from cluster.step_timer import BACKWARD, FORWARD, OPTIMIZER, StepTimer
 from pipeline.loader import LoadedStep
 from stages.second_stage.transformer import nll
@@ -41,13 +41,8 @@ def train_step(
         with timer.part(BACKWARD):
             engine.backward(loss * scale)
         total += loss.detach()
-        is_last = engine.is_gradient_accumulation_boundary()
         with timer.part(OPTIMIZER):
-            if is_last and engine.zero_optimization_stage() == 0:
-                norm = grad_norm(engine)
-            engine.step()
-        if is_last and engine.zero_optimization_stage() > 0:
-            norm = grad_norm(engine)
+            norm = step_engine(engine)
     return total.item(), norm
 
 

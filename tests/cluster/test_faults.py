@@ -40,6 +40,10 @@ def poison_every_batch_from_7():
     poison(range(7, 1000), float("nan"))
 
 
+def poison_batches_8_and_9():
+    poison({8, 9}, float("nan"))
+
+
 def spike_at_batch_20():
     poison({20}, 3.0)
 
@@ -63,6 +67,14 @@ def test_nan_is_undone_and_its_batches_are_left_out(tmp_path, codes, zero_stage,
     assert verify_run(options.run.path) == []
     shown = train_metrics.read_metrics(options.run.path)
     assert [line["step"] for line in shown] == list(range(12))
+
+
+def test_a_fault_that_comes_again_undoes_a_commit(tmp_path, codes):
+    options = options_for(tmp_path, codes, train={**FOUR_EACH, "skip_batches": 8})
+    commit = train(options, 1, poison_batches_8_and_9)
+    assert [event["back_to"] for event in commit.content["events"]] == [8, 4]
+    assert [record["batch"] for record in log_of(commit)] == [*range(4), *range(10, 18)]
+    assert verify_run(options.run.path) == []
 
 
 def test_what_was_undone_is_the_same_after_a_resume(tmp_path, codes):

@@ -41,6 +41,13 @@ def test_segments_read_back_and_damage_is_seen(tmp_path):
         run_log.read_log(run, segments)
 
 
+def test_steps_that_are_made_again_do_not_mix_with_those_that_were_undone(tmp_path):
+    run = str(tmp_path)
+    undone, again = (run_log.write_segment(run, "step-2-a", records(digests)) for digests in ([1, 2], [1, 3]))
+    assert run_log.read_log(run, [again]) == records([1, 3])
+    assert run_log.read_log(run, [undone]) == records([1, 2])
+
+
 def test_the_tail_of_a_log_is_read_without_the_rest(tmp_path):
     run, log = str(tmp_path), records([1, 2, 3, 4, 5])
     segments = [run_log.write_segment(run, name, part) for name, part in zip("abc", (log[:2], log[2:4], log[4:]))]

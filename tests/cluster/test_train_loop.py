@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_support import RECIPE, losses, options_for, train
+from train_support import RECIPE, log_of, losses, options_for, train
 
 from cluster import checkpoints, run_log
 from cluster.checkpoints import AVERAGES, WEIGHTS
@@ -35,12 +35,12 @@ def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, worl
     sections = {"deepspeed": {"zero_stage": zero_stage}, "optim": {"weight_average_decay": 0.9}}
     options = options_for(tmp_path, codes, **sections, train={"precision": precision})
     whole = train(options, world_size)
-    weights = load_file(os.path.join(whole.path, WEIGHTS))
+    log, weights = log_of(whole), load_file(os.path.join(whole.path, WEIGHTS))
     forget_last_commit(options.run.path)
     assert checkpoints.latest_commit(options.run.path).step == 3
     resumed = train(options, world_size)
     assert resumed.step == whole.step == 6
-    assert resumed.train_loss == whole.train_loss
+    assert log_of(resumed) == log
     assert resumed.content["sample_log_hash"] == whole.content["sample_log_hash"]
     again = load_file(os.path.join(resumed.path, WEIGHTS))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -98,6 +98,16 @@ def test_a_run_goes_on_at_another_zero_stage_and_world_size(tmp_path, codes, bef
             torch.testing.assert_close(
                 ours[key].float(), theirs[key].float(), rtol=1e-2, atol=10 * tolerance * 1e-3 + 1e-3
             )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_sharding_every_step_has_its_own_norm(tmp_path, codes, precision):
+    norms = []
+    for zero_stage in (0, 1):
+        sections = {"deepspeed": {"zero_stage": zero_stage}, "train": {"precision": precision}, "optim": {"learning_rate": 0.05}}
+        norms.append([record["grad_norm"] for record in log_of(train(options_for(tmp_path / str(zero_stage), codes, **sections), 1))])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    assert max(norms[0]) > 1.1 * min(norms[0])
 
 
 def test_loss_and_rows_do_not_depend_on_world_size_or_accumulation(tmp_path, codes):

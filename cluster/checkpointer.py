@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoints
+from cluster.rank_messages import wait_for_all
 from cluster.staging import Staging, memory_has_room, remove_abandoned
 from pipeline import storage
 from stages.errors import StorageError
 
 logger = logging.getLogger(__name__)
-
-WAIT_SECONDS = 1.0
 
 Entries = list[dict[str, Any]]
 
@@ -55,11 +54,6 @@ class Checkpointer:
         self._path = ""
         self._describe: Callable[[Entries], dict[str, Any]] = lambda files: {}
         remove_abandoned()
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether a checkpoint was started and not finished."""
-        return self._published is not None
 
     @property
     def has_published(self) -> bool:
@@ -127,7 +121,7 @@ class Checkpointer:
         """
         if self._published is None:
             return None
-        self._wait_for_all(self._published)
+        wait_for_all(self._published, self.device, self.keep_alive)
         outcome: Any
         try:
             outcome = self._published.result()
@@ -143,16 +137,6 @@ class Checkpointer:
         if isinstance(box[0], StorageError):
             raise box[0]
         return box[0]
-
-    def _wait_for_all(self, published: Future[Entries]) -> None:
-        """Until every rank has published. Ranks meet every second, so that one that died is noticed, and a slow store is no hang."""
-        while True:
-            is_done = torch.tensor(float(published.done()), device=self.device)
-            dist.all_reduce(is_done, dist.ReduceOp.MIN)
-            self.keep_alive()
-            if is_done.item():
-                return
-            wait([published], timeout=WAIT_SECONDS)
 
     def _commit(self, outcomes: list[Entries | StorageError]) -> checkpoints.Commit:
         entries: Entries = []

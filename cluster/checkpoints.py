@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ SAMPLED_FROM = (WEIGHTS, AVERAGES)
 SHARDS = "deepspeed"  # folder of what DeepSpeed saves
 FORMAT = "tessera-checkpoint"
 FORMAT_VERSION = 1
+NUM_HASHERS = 8  # a store gives one reader a part of what it has
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,19 @@ def write_commit(folder: str, content: dict[str, Any]) -> Commit:
         ArtefactError: the folder already has a commit, which an attempt-unique folder never has.
     """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "created_at": time.time(), **content}
+    content["sha256"] = _content_hash(content)
     data = json.dumps(content, indent=1).encode()
     if not storage.put_if_absent(storage.join(folder, COMMIT), data):
         raise ArtefactError(
             f"{folder} is committed already, but every attempt has a folder of its own. Remove the folder and resume."
         )
     return Commit(folder, content, hashlib.sha256(data).hexdigest())
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    """sha-256 of all that COMMIT.json says beside this hash."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def open_commit(folder: str) -> Commit:
@@ -135,13 +144,20 @@ def open_commit(folder: str) -> Commit:
         ) from None
 
 
+class _DamagedCommit(ArtefactError):
+    """A COMMIT.json that is not what was written."""
+
+
 def _read_commit(folder: str) -> Commit:
     path = storage.join(folder, COMMIT)
+    data = storage.read_bytes(path)
     try:
-        data = storage.read_bytes(path)
         content = json.loads(data)
     except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}), but it must be JSON. Use an older checkpoint.") from None
+        raise _DamagedCommit(f"{path} is damaged ({error}), but it must be JSON. Use another checkpoint.") from None
+    found = _content_hash(content)
+    if content.get("sha256", found) != found:  # early commits do not have it
+        raise _DamagedCommit(f"{path} is damaged: its sha-256 is not {content['sha256']}. Use another checkpoint.")
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise ArtefactError(
             f"{path} is not a checkpoint of format version {FORMAT_VERSION}, but it must be. Use another checkpoint."
@@ -152,31 +168,51 @@ def _read_commit(folder: str) -> Commit:
 def commit_problems(commit: Commit, names: Collection[str] | None = None) -> list[str]:
     """What is wrong with the files of a commit, or those of certain names: missing, of another size, or of another hash. Empty when they
     verify."""
-    problems = []
-    for entry in commit.content["files"]:
-        if names is not None and entry["path"] not in names:
-            continue
-        path = storage.join(commit.path, entry["path"])
-        try:
-            found = file_entry(path, entry["path"])
-        except FileNotFoundError:
-            problems.append(f"{path} is missing")
-            continue
-        if found != entry:
-            problems.append(
-                f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}"
-            )
-    return problems
+    entries = [entry for entry in commit.content["files"] if names is None or entry["path"] in names]
+    with ThreadPoolExecutor(NUM_HASHERS) as pool:
+        found = pool.map(lambda entry: _file_problem(commit.path, entry), entries)
+        return [problem for problem in found if problem is not None]
 
 
-def list_commits(run_path: str) -> list[Commit]:
-    """Every committed checkpoint of a run in order of step, files unchecked."""
-    commits = []
+def _file_problem(folder: str, entry: dict[str, Any]) -> str | None:
+    path = storage.join(folder, entry["path"])
+    try:
+        found = file_entry(path, entry["path"])
+    except FileNotFoundError:
+        return f"{path} is missing"
+    if found == entry:
+        return None
+    return f"{path} has {found['bytes']} bytes and hash {found['xxh3_128']}, expected {entry['bytes']} and {entry['xxh3_128']}"
+
+
+def is_there(commit: Commit) -> bool:
+    """Whether the checkpoint exists: a training job prunes while others read."""
+    return storage.exists(storage.join(commit.path, COMMIT))
+
+
+def list_commits(run_path: str, problems: list[str] | None = None) -> list[Commit]:
+    """Every committed checkpoint of a run in order of step, files unchecked. One damaged COMMIT.json does not hide the others.
+
+    Args:
+        run_path: of the run.
+        problems: gets what is wrong with damaged ones; logged in any case.
+
+    Raises:
+        ArtefactError: all are damaged, or one is of another format.
+    """
+    commits, damaged = [], []
     for path in storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT):
         try:
             commits.append(_read_commit(path[: -len(COMMIT) - 1]))
         except FileNotFoundError:  # pruned by the training job since it was listed
             pass
+        except _DamagedCommit as error:
+            logger.error("%s", error)
+            damaged.append(str(error))
+    if damaged and not commits:
+        raise _all_damaged(run_path)
+    if problems is not None:
+        problems += damaged
     return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
 
 
@@ -188,13 +224,28 @@ def newest_commit(run_path: str) -> Commit | None:
 
 def latest_commit(run_path: str, names: Collection[str] | None = None) -> Commit | None:
     """The highest step whose files verify, or those of certain names; damaged ones are named in the log and passed over. None when there is
-    none."""
-    for commit in reversed(list_commits(run_path)):
+    no commit.
+
+    Raises:
+        ArtefactError: all are damaged.
+    """
+    commits = list_commits(run_path)
+    for commit in reversed(commits):
         problems = commit_problems(commit, names)
         if not problems:
             return commit
+        if not is_there(commit):  # pruned since it was listed, for a newer one
+            return latest_commit(run_path, names)
         logger.warning("Checkpoint %s is damaged and passed over: %s", commit.path, "; ".join(problems))
+    if commits:
+        raise _all_damaged(run_path)
     return None
+
+
+def _all_damaged(run_path: str) -> ArtefactError:
+    return ArtefactError(
+        f"The checkpoints of {run_path} are all damaged; the log says how. Restore one, or use another folder to start anew."
+    )
 
 
 def resolve_checkpoint(checkpoint: str, run_path: str, names: Collection[str] | None = None) -> Commit:
@@ -210,8 +261,6 @@ def resolve_checkpoint(checkpoint: str, run_path: str, names: Collection[str] | 
     """
     if checkpoint == "latest":
         commit = latest_commit(run_path, names)
-        if commit is None and newest_commit(run_path) is not None:
-            raise ArtefactError(f"run.path is {run_path}, but all checkpoints in it are damaged; the log says how. Restore one.")
         if commit is None:
             raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
         return commit
@@ -236,11 +285,16 @@ def local_folder(commit: Commit, names: Iterable[str] | None = None) -> Iterator
         yield commit.path
         return
     with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as folder:
-        for name in [entry["path"] for entry in commit.content["files"]] if names is None else names:
-            target = os.path.join(folder, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            storage.download(storage.join(commit.path, name), target)
+        download(commit, folder, names)
         yield folder
+
+
+def download(commit: Commit, folder: str, names: Iterable[str] | None = None) -> None:
+    """Fetches the checkpoint's files, or those of certain names, into a local folder."""
+    for name in [entry["path"] for entry in commit.content["files"]] if names is None else names:
+        target = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        storage.download(storage.join(commit.path, name), target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +324,11 @@ def prune(run_path: str, retention: Retention) -> None:
     if not commits:
         return
     root = storage.join(run_path, "checkpoints")
-    folders = {storage.join(root, path[len(root) + 1 :].split("/")[0]) for path in storage.list_files(root)}
+    paths = storage.list_files(root)
+    folders = {storage.join(root, path[len(root) + 1 :].split("/")[0]) for path in paths}
+    committed = {path[: -len(COMMIT) - 1] for path in paths if path.endswith(f"/{COMMIT}")}
     newest = os.path.basename(commits[-1].path)[: len("step-000000000")]
-    for folder in folders - kept:
+    for folder in folders - committed:
         if os.path.basename(folder)[: len(newest)] < newest:
             storage.delete_tree(folder)
 

@@ -98,8 +98,8 @@ def _undo_first_step(engine: Any) -> None:
 
 
 def step_engine(engine: Any) -> float:
-    """The engine's step after a backward pass. Returns, where that ends the optimizer's step, the norm of the gradient over all ranks before
-    it is clipped, else 0."""
+    """The engine's step after a backward pass. Returns the norm of the gradient over all ranks before it is clipped, or 0 where the
+    optimizer makes no step."""
     is_last, norm = engine.is_gradient_accumulation_boundary(), 0.0
     # DeepSpeed's optimizers note the norm while they step. torch's own, which fp32 without sharding keeps, drops the gradients then.
     notes_norm = hasattr(engine.optimizer, "_global_grad_norm")

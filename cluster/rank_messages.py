@@ -1,10 +1,14 @@
-"""What ranks tell each other: once per step in one collective, and single values."""
+"""What ranks tell each other: once per step in one collective, single values, and that they are through with slow work."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,29 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def wait_for_all(work: Future[Any], device: torch.device, keep_alive: Callable[[], None]) -> None:
+    """Until the work of every rank is done, which must hold no collective. Ranks meet every second, so that one that died is noticed, and a
+    slow store is no hang.
+
+    Args:
+        work: of this rank.
+        device: for collectives.
+        keep_alive: called at every meeting.
+    """
+    while True:
+        is_done = torch.tensor(float(work.done()), device=device)
+        dist.all_reduce(is_done, dist.ReduceOp.MIN)
+        keep_alive()
+        if is_done.item():
+            return
+        wait([work], timeout=WAIT_SECONDS)
+
+
+def work_together(work: Callable[[], Any], device: torch.device, keep_alive: Callable[[], None]) -> Any:
+    """What `work` gives on this rank, once every rank is through with its own; see `wait_for_all`."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        wait_for_all(future, device, keep_alive)
+        return future.result()

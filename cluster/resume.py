@@ -2,16 +2,19 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cluster import checkpoints, universal
 from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
+from cluster.rank_messages import work_together
 from cluster.train_options import TrainJobOptions
 from pipeline import storage
 from pipeline.binding import encoding_of
@@ -19,10 +22,12 @@ from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import ConditionCodes
 from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, TesseraError
 from stages.second_stage.transformer import TransformerConfig
 
 logger = logging.getLogger(__name__)
+
+UNIVERSAL = "universal"  # folder of a converted checkpoint
 
 
 def commit_facts(
@@ -129,77 +134,108 @@ def _check_imported(
             )
 
 
-def load_commit(engine: Any, commit: checkpoints.Commit) -> None:
+def load_commit(engine: Any, commit: checkpoints.Commit, keep_alive: Callable[[], None]) -> None:
     """Brings an engine to the state of a commit. Every rank must call it.
+
+    Args:
+        engine: DeepSpeed's.
+        commit: the checkpoint.
+        keep_alive: called while it is fetched and converted, as long as all ranks live.
 
     Raises:
         ArtefactError: DeepSpeed finds no state in it, or cannot convert it to this world size and ZeRO stage.
     """
+    device = engine.device
     if commit.is_imported:
-        with checkpoints.local_folder(commit) as folder:
+        with _fetched(commit, lambda ranks: [WEIGHTS], device, keep_alive) as folder:
             universal.load_weights(engine, os.path.join(folder, WEIGHTS))
         return
     saved = (commit.content["world_size"], commit.content["zero_stage"])
     ours = (dist.get_world_size(), engine.zero_optimization_stage())
     if saved == ours or saved[1] == ours[1] == 0:
-        with checkpoints.local_folder(commit) as folder:
+        with _fetched(commit, lambda ranks: read_on(commit, ranks), device, keep_alive) as folder:
             loaded, _ = engine.load_checkpoint(folder, tag=SHARDS)
         if loaded is None:
             raise ArtefactError(
                 f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint."
             )
         return
-    logger.info(
-        "Converting %s from world size %d and ZeRO stage %d to %d and %d",
-        commit.path,
-        saved[0],
-        saved[1],
-        ours[0],
-        ours[1],
-    )
-    with _converted(commit) as (folder, converted):
-        averages = os.path.join(folder, AVERAGES) if commit.has(AVERAGES) else None
-        weights = os.path.join(folder, WEIGHTS)
+    logger.info("Converting %s from world size %d and ZeRO stage %d to %d and %d", commit.path, *saved, *ours)
+    with _node_folder(lambda folder, ranks: _make_universal(commit, folder), device, keep_alive) as folder:
+        source = _source(commit, folder)
+        averages = os.path.join(source, AVERAGES) if commit.has(AVERAGES) else None
+        weights, converted = os.path.join(source, WEIGHTS), os.path.join(folder, UNIVERSAL)
         universal.load(engine, converted, step=commit.step, weights=weights, averages=averages)
 
 
+def read_on(commit: checkpoints.Commit, ranks: Collection[int]) -> list[str]:
+    """The files that DeepSpeed reads on these ranks: those of the model, and of its shards their own."""
+    names = [entry["path"] for entry in commit.content["files"] if entry["path"].startswith(f"{SHARDS}/")]
+    owners = [(name, re.search(r"pp_rank_(\d+)_", name)) for name in names]
+    return [name for name, owner in owners if owner is None or int(owner[1]) in ranks]
+
+
 @contextmanager
-def _converted(commit: checkpoints.Commit) -> Iterator[tuple[str, str]]:
-    """Local folders of a commit's own files and of its universal form, made once per node and shared by the node's ranks.
+def _fetched(
+    commit: checkpoints.Commit,
+    names: Callable[[Collection[int]], list[str]],
+    device: torch.device,
+    keep_alive: Callable[[], None],
+) -> Iterator[str]:
+    """A local folder with the files of a commit that the ranks of this node need."""
+    if storage.is_local(commit.path):
+        yield commit.path
+        return
+    with _node_folder(lambda folder, ranks: checkpoints.download(commit, folder, names(ranks)), device, keep_alive) as folder:
+        yield folder
+
+
+@contextmanager
+def _node_folder(
+    fill: Callable[[str, Collection[int]], None], device: torch.device, keep_alive: Callable[[], None]
+) -> Iterator[str]:
+    """A local folder that is filled once per node, given the node's ranks, and removed when they have read it. Every rank must call it.
 
     Raises:
-        ArtefactError: on every rank, when any node could not convert it.
+        TesseraError: on every rank, when it could not be filled on some node.
     """
     node, rank = os.environ.get("NODE_RANK", "0"), dist.get_rank()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, node)
-    is_leader = everyone.index(node) == rank
-    made, error = None, None
-    if is_leader:
-        made = tempfile.mkdtemp(prefix="tessera-universal-")
-        try:
-            _make_universal(commit, made)
-        except ArtefactError as fault:
-            error = fault
-    dist.all_gather_object(everyone, (node, made, error))
+    ranks = [other for other, place in enumerate(everyone) if place == node]
+    made = tempfile.mkdtemp(prefix="tessera-resume-") if ranks[0] == rank else None
     try:
-        faults = [fault for _, _, fault in everyone if fault is not None]
-        if faults:
-            raise faults[0]
-        folder = next(path for other, path, _ in everyone if other == node and path is not None)
-        own = commit.path if storage.is_local(commit.path) else os.path.join(folder, "checkpoint")
-        yield own, os.path.join(folder, "universal")
+        error = work_together(lambda: None if made is None else _fault(fill, made, ranks), device, keep_alive)
+        dist.all_gather_object(everyone, (made, error))
+        for _, fault in everyone:
+            if fault is not None:
+                raise fault
+        yield everyone[ranks[0]][0]
         dist.barrier()  # no rank of the node reads any more
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
 
 
+def _fault(fill: Callable[[str, Collection[int]], None], folder: str, ranks: Collection[int]) -> TesseraError | None:
+    """Fills a folder; returns the error, so that other ranks can be told."""
+    try:
+        fill(folder, ranks)
+    except TesseraError as error:
+        return error
+    return None
+
+
+def _source(commit: checkpoints.Commit, folder: str) -> str:
+    """Where a commit's own files are while it is converted in `folder`."""
+    return commit.path if storage.is_local(commit.path) else os.path.join(folder, "checkpoint")
+
+
 def _make_universal(commit: checkpoints.Commit, folder: str) -> None:
-    with checkpoints.local_folder(commit) as source:
-        universal.convert(os.path.join(source, SHARDS), commit.content["zero_stage"], os.path.join(folder, "universal"))
-        if source != commit.path:
-            os.makedirs(os.path.join(folder, "checkpoint"))
-            for name in (WEIGHTS, AVERAGES):
-                if os.path.exists(os.path.join(source, name)):
-                    shutil.move(os.path.join(source, name), os.path.join(folder, "checkpoint", name))
+    source = _source(commit, folder)
+    shards = os.path.join(source, SHARDS)
+    if source != commit.path:
+        checkpoints.download(commit, source)
+    universal.convert(shards, commit.content["zero_stage"], os.path.join(folder, UNIVERSAL))
+    if source != commit.path:
+        shutil.rmtree(shards)

@@ -1,5 +1,6 @@
 """Where the files of a checkpoint are until they are published: in memory where there is room, so that training goes on at once."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -49,12 +50,18 @@ def remove_abandoned() -> None:
         if not os.path.isdir(parent):
             continue
         for entry in os.scandir(parent):
-            # A folder that was just made may not be locked yet.
-            if entry.name.startswith(PREFIX) and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
-                lock = _lock(entry.path)
-                if lock is not None:
-                    shutil.rmtree(entry.path, ignore_errors=True)  # another process may be at it too
-                    os.close(lock)
+            # Another process may be at it too, and what belongs to another user is theirs to remove.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                _remove_if_abandoned(entry)
+
+
+def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
+    # A folder that was just made may not be locked yet.
+    if entry.name.startswith(PREFIX) and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+        lock = _lock(entry.path)
+        if lock is not None:
+            shutil.rmtree(entry.path, ignore_errors=True)
+            os.close(lock)
 
 
 def _lock(folder: str) -> int | None:

@@ -44,13 +44,22 @@ class StopRequest:
 
     @contextmanager
     def on_sigterm(self) -> Iterator[None]:
-        """Within it, SIGTERM makes the request instead of ending the driver. Only the main thread can have it so."""
+        """Within it, SIGTERM makes the request instead of ending the driver. Only the main thread can have it so.
+
+        A second SIGTERM has its usual effect, for there may be no worker that could leave.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         # A handler runs wherever the main thread is, also inside Ray; what asks Ray runs on a thread of its own.
         threading.Thread(target=self._forward, name="stop-request", daemon=True).start()
-        previous = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def request(*_: Any) -> None:
+            self._signalled.set()
+            signal.signal(signal.SIGTERM, previous)
+
+        signal.signal(signal.SIGTERM, request)
         try:
             yield
         finally:
@@ -58,7 +67,7 @@ class StopRequest:
 
     def _forward(self) -> None:
         self._signalled.wait()
-        logger.warning("SIGTERM: the workers commit after their current step and leave")
+        logger.warning("SIGTERM: the workers commit after their current step and leave; a second SIGTERM ends this at once")
         ray.get(self._actor.make.remote())
 
     def should_leave(self) -> bool:

@@ -50,7 +50,7 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
     check_training(options)
     run_path, total = training_path(options.tokenizer.path), num_steps(options.tokenizer_train)
     is_stored = storage.exists(storage.join(options.tokenizer.path, CONFIG))
-    newest = checkpoints.newest_commit(run_path)
+    newest = checkpoints.newest_commit(run_path) if is_stored else checkpoints.latest_commit(run_path, (RESULT,))
     if is_stored and newest is None:
         raise ConfigError(
             f"tokenizer.path is {options.tokenizer.path}, but the tokenizer there was not trained by this command. Use it as it "

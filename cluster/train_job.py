@@ -47,9 +47,10 @@ def train(options: TrainJobOptions) -> TrainSummary:
     newest = checkpoints.newest_commit(options.run.path)
     if newest is not None:
         check_resumable(newest, options, dataset, conditions, config)
-        if newest.step >= options.train.num_steps:
-            logger.info("%s has step %d already", options.run.path, newest.step)
-            return _summary(options.run.path, checkpoints.resolve_checkpoint("latest", options.run.path))
+        done = checkpoints.latest_commit(options.run.path) if newest.step >= options.train.num_steps else None
+        if done is not None and done.step >= options.train.num_steps:
+            logger.info("%s has step %d already", options.run.path, done.step)
+            return _summary(options.run.path, done)
     check_workers_fit(options.scaling, needs_data_cpu=False)
     storage.check_conditional_put(options.run.path)
     storage.replace(storage.join(options.run.path, "config.yaml"), to_yaml(options).encode())

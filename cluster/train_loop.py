@@ -53,7 +53,7 @@ def train_worker(options: TrainJobOptions, num_threads: int, should_leave: Calla
 def _run(
     options: TrainJobOptions, num_threads: int, should_leave: Callable[[], bool], watchdog: Watchdog, timer: StepTimer
 ) -> None:
-    stage = TransformerStage(options, timer)
+    stage = TransformerStage(options, timer, keep_alive=watchdog.feed)
     facts = commit_facts(options, stage.dataset, stage.conditions, stage.config, stage.world_size)
     attempt = broadcast(checkpoints.new_attempt())
     averages = options.optim.weight_average_decay > 0.0
@@ -114,10 +114,16 @@ def _open_metrics(options: TrainJobOptions, stage: "TransformerStage", attempt: 
 
 
 class TransformerStage:
-    """What a second-stage run trains: a DeepSpeed engine on one rank's rows of a code dataset."""
+    """What a second-stage run trains: a DeepSpeed engine on one rank's rows of a code dataset.
 
-    def __init__(self, options: TrainJobOptions, timer: StepTimer):
-        self.options, self.timer = options, timer
+    Args:
+        options: of the job.
+        timer: of the steps' parts.
+        keep_alive: called while a checkpoint is fetched, as long as all ranks live.
+    """
+
+    def __init__(self, options: TrainJobOptions, timer: StepTimer, keep_alive: Callable[[], None]):
+        self.options, self.timer, self.keep_alive = options, timer, keep_alive
         train, began = options.train, time.monotonic()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dataset = open_dataset(options.codes, verify=False)
@@ -177,7 +183,7 @@ class TransformerStage:
 
     def load(self, commit: checkpoints.Commit) -> None:
         check_resumable(commit, self.options, self.dataset, self.conditions, self.config)
-        load_commit(self.engine, commit)
+        load_commit(self.engine, commit, self.keep_alive)
 
     def settle(self) -> None:
         self.loader.settle()

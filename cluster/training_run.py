@@ -4,6 +4,7 @@ What a step computes is the stage's; here is what makes it a run. All ranks make
 random draws of a step are functions of the step, so the state of a run is the stage's state, one integer and the batches it leaves out.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from cluster import checkpoints
 from cluster.checkpointer import Checkpointer
 from cluster.history import History
-from cluster.rank_messages import RankMessage, broadcast, exchange
+from cluster.rank_messages import RankMessage, broadcast, exchange, work_together
 from cluster.spikes import find_fault, find_not_finite
 from cluster.step_timer import CHECKPOINT, DATA, StepTimer
 from cluster.train_metrics import TrainMetrics
@@ -125,13 +126,18 @@ class TrainingRun:
             self.metrics.close()
 
     def _resume(self) -> None:
-        path = broadcast(_latest_path(self.plan.run_path) if self.rank == 0 else None)
+        path = self._find(lambda: _latest_path(self.plan.run_path))
         if path is None:
             return
         commit = checkpoints.open_commit(path)
         self.stage.load(commit)
         self.history.restore(commit)
         logger.info("Resuming from %s", commit.path)
+
+    def _find(self, find: Callable[[], str | None]) -> str | None:
+        """What `find` gives on rank 0, on every rank. It may hash many bytes."""
+        found = work_together(find if self.rank == 0 else lambda: None, self.stage.device, self.watchdog.feed)
+        return broadcast(found)
 
     def _run_stretch(self) -> bool:
         """Steps to the end, to a request to leave, or to a fault; whether the run goes on after undoing it."""
@@ -210,7 +216,7 @@ class TrainingRun:
         self._finish_commit()
         plan = self.plan
         self.num_rollbacks += 1
-        path = broadcast(_earlier_path(plan.run_path, self.num_rollbacks) if self.rank == 0 else None)
+        path = self._find(lambda: _earlier_path(plan.run_path, self.num_rollbacks))
         if path is None or self.num_rollbacks > plan.max_rollbacks:
             raise TesseraError(
                 f"Step {record['step']} has {fault}, and the run went back {self.num_rollbacks - 1} times since its last commit "
@@ -234,5 +240,7 @@ def _latest_path(run_path: str) -> str | None:
 
 def _earlier_path(run_path: str, number: int) -> str | None:
     """The newest sound commit, or for later numbers the ones before it, since what came again may be in the newest already."""
-    sound = [commit for commit in checkpoints.list_commits(run_path) if not checkpoints.commit_problems(commit)]
-    return sound[-min(number, len(sound))].path if sound else None
+    newest_first = reversed(checkpoints.list_commits(run_path))
+    sound = (commit for commit in newest_first if not checkpoints.commit_problems(commit))
+    found = list(itertools.islice(sound, number))
+    return found[-1].path if found else None

@@ -22,10 +22,14 @@ Prescribed = Callable[[int], int]  # digest of the rows of a global batch
 
 def verify_run(run_path: str) -> list[str]:
     """Problems of a run, or of a tokenizer's training; empty when every commit verifies and the sample log follows from its data."""
-    commits = checkpoints.list_commits(run_path)
+    problems: list[str] = []
+    commits = checkpoints.list_commits(run_path, problems)
     if not commits:
         return [f"{run_path} has no committed checkpoint"]
-    problems = [problem for commit in commits for problem in checkpoints.commit_problems(commit)]
+    for commit in commits:
+        found = checkpoints.commit_problems(commit)
+        if checkpoints.is_there(commit):
+            problems += found
     return problems if commits[-1].is_imported else problems + _log_problems(run_path, commits[-1])
 
 

@@ -15,7 +15,7 @@ from cluster import checkpoints
 from cluster.runtime import START_TIMEOUT, has_cluster, user_errors
 from cluster.stop_request import Stopped, StopRequest
 from pipeline import storage
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StorageError
 from stages.options import ScalingOptions
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def run_to_the_end(
             step_before = _step(run_path)
             try:
                 run_workers(worker, options, scaling, storage.join(run_path, "ray"), stop=stop)
-            except ray.train.TrainingFailedError as error:
+            except (ray.train.TrainingFailedError, StorageError) as error:
                 if stop.is_made or _step(run_path) <= step_before:
                     raise
                 logger.warning(

@@ -55,6 +55,56 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, damage, caplog):
         checkpoints.resolve_checkpoint(os.path.dirname(path), run)
 
 
+@pytest.mark.parametrize("damage", ["cut off", "another step"])
+def test_a_damaged_commit_file_is_passed_over_and_named(run, damage, caplog):
+    make(run, 10)
+    path = os.path.join(make(run, 20).path, checkpoints.COMMIT)
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text[:40] if damage == "cut off" else text.replace('"step": 20', '"step": 30'))
+    assert checkpoints.latest_commit(run).step == checkpoints.newest_commit(run).step == 10
+    assert path in caplog.text
+    problems = []
+    checkpoints.list_commits(run, problems)
+    assert len(problems) == 1 and path in problems[0]
+    make(run, 40)
+    checkpoints.prune(run, checkpoints.Retention(newest=1))
+    assert os.path.exists(path), "somebody may mend it"
+
+
+def test_commits_without_a_hash_of_their_own_are_read(run):
+    commit = make(run, 10)
+    content = {name: value for name, value in commit.content.items() if name != "sha256"}
+    with open(os.path.join(commit.path, checkpoints.COMMIT), "w") as file:
+        json.dump(content, file)
+    assert checkpoints.latest_commit(run).content == content
+
+
+@pytest.mark.parametrize("name", ["state.pt", checkpoints.COMMIT])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run, name):
+    for step in (10, 20):
+        with open(os.path.join(make(run, step).path, name), "w") as file:
+            file.write("{")
+    with pytest.raises(ArtefactError, match="all damaged.*Restore one"):
+        checkpoints.latest_commit(run)
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_hashed_is_not_taken_for_damage(run, monkeypatch, caplog):
+    make(run, 10)
+    real = checkpoints.file_entry
+
+    def prune_first(path, name):
+        monkeypatch.setattr(checkpoints, "file_entry", real)
+        make(run, 20)
+        checkpoints.prune(run, checkpoints.Retention(newest=1))
+        return real(path, name)
+
+    monkeypatch.setattr(checkpoints, "file_entry", prune_first)
+    assert checkpoints.latest_commit(run).step == 20
+    assert "damaged" not in caplog.text
+
+
 def test_a_damaged_file_that_is_not_needed_does_no_harm(run):
     make(run, 10)
     path = os.path.join(make(run, 20).path, "state.pt")
@@ -138,7 +188,8 @@ def test_a_checkpoint_on_s3_is_verified_and_downloaded_without_leaving_copies(s3
         assert os.listdir(copy) == ["weights"]
     assert os.listdir(tmp_path) == []
     storage.replace(f"{folder}/weights", b"weighte")
-    assert checkpoints.latest_commit(s3) is None
+    with pytest.raises(ArtefactError, match="all damaged"):
+        checkpoints.latest_commit(s3)
 
 
 def test_what_is_kept(run):

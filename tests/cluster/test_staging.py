@@ -1,5 +1,6 @@
 """Folders for files on their way: theirs who live, and gone with who died."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -53,6 +54,47 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(folders):
     os.utime(left, (old, old))
     remove_abandoned()
     assert not os.path.exists(left) and os.path.exists(ours.path) and foreign.exists()
+
+
+def make_abandoned(folder, number):
+    path = folder / f"{staging.PREFIX}{number}"
+    path.mkdir(mode=0o700)
+    old = time.time() - 2 * staging.ABANDONED_SECONDS
+    os.utime(path, (old, old))
+
+
+def remove_together(start, user=None):
+    if user is not None:
+        os.setuid(user)
+    start.wait()
+    remove_abandoned()
+
+
+def test_processes_that_remove_the_same_folders_do_not_disturb_each_other(folders):
+    for number in range(200):
+        make_abandoned(folders[0], number)
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(8)
+    processes = [context.Process(target=remove_together, args=(start,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert os.listdir(folders[0]) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_folders_of_another_user_are_left_to_them(folders, tmp_path):
+    for path in (*folders, *tmp_path.parents):  # nobody must be able to look there
+        if path.is_relative_to(tempfile.gettempdir()) or "pytest" in str(path):
+            path.chmod(0o777)
+    make_abandoned(folders[0], 0)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=remove_together, args=(context.Barrier(1), 65534))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and len(os.listdir(folders[0])) == 1
 
 
 def test_room_is_what_is_free_in_memory(monkeypatch):

@@ -1,6 +1,7 @@
 """The training loop in real process groups (gloo), without Ray: exact resume, every ZeRO stage, masked batches, refusals."""
 
 import dataclasses
+import functools
 import os
 import shutil
 
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 from train_support import RECIPE, log_of, losses, options_for, train
 
 from cluster import checkpoints, run_log
-from cluster.checkpoints import AVERAGES, WEIGHTS
-from cluster.resume import check_resumable
+from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
+from cluster.resume import check_resumable, read_on
 from cluster.train_options import dataset_transformer_config
 from cluster.verify_run import verify_run
+from pipeline import storage
 from pipeline.code_dataset import CodeDataset
 from stages.errors import ArtefactError
 
@@ -45,6 +47,53 @@ def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, worl
     again = load_file(os.path.join(resumed.path, WEIGHTS))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert verify_run(options.run.path) == []
+
+
+def note_downloads(environment, path):
+    """Makes this process know the S3 server, and write down which files it downloads."""
+    os.environ |= environment
+    download = storage.download
+
+    def noted(source, target):
+        with open(path, "a") as file:
+            file.write(f"{os.path.basename(target)}\n")
+        download(source, target)
+
+    storage.download = noted
+
+
+def test_a_resume_from_s3_fetches_each_file_once_per_node_and_no_other(tmp_path, codes, s3, s3_server):
+    sections = {"run": {"path": f"{s3}/run"}, "deepspeed": {"zero_stage": 1}}
+    prepare = functools.partial(note_downloads, s3_server, str(tmp_path / "downloads"))
+    whole = train(options_for(tmp_path, codes, deepspeed={"zero_stage": 1}), 2)
+    train(options_for(tmp_path, codes, **sections, train={"num_steps": 3}), 2, prepare)
+    resumed = train(options_for(tmp_path, codes, **sections), 2, prepare)
+    assert losses(resumed) == losses(whole)
+    shards = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+    assert sorted((tmp_path / "downloads").read_text().split()) == ["mp_rank_00_model_states.pt", *shards]
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_goes_on_at_another_world_size(tmp_path, codes, s3, s3_server):
+    prepare = functools.partial(note_downloads, s3_server, str(tmp_path / "downloads"))
+    sections = {"run": {"path": f"{s3}/run"}, "optim": {"weight_average_decay": 0.9}}
+    train(options_for(tmp_path, codes, **sections, train={"num_steps": 3}), 1, prepare)
+    resumed = train(options_for(tmp_path, codes, **sections), 2, prepare)
+    whole = train(options_for(tmp_path, codes, optim={"weight_average_decay": 0.9}), 1)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-3)
+    downloads = (tmp_path / "downloads").read_text().split()
+    assert AVERAGES in downloads and len(downloads) == len(set(downloads))
+
+
+@pytest.mark.parametrize("ranks", [[0], [2, 3], [10]])
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_node_reads_the_shards_of_its_ranks(zero_stage, ranks):
+    kinds = ["optim", "model"] if zero_stage == 3 else ["optim"]
+    shards = {r: [f"{SHARDS}/bf16_zero_pp_rank_{r}_mp_rank_00_{kind}_states.pt" for kind in kinds] for r in range(12)}
+    common = [] if zero_stage == 3 else [f"{SHARDS}/mp_rank_00_model_states.pt"]
+    names = [*common, *(name for found in shards.values() for name in found), WEIGHTS, AVERAGES]
+    commit = checkpoints.Commit("run/checkpoints/step", {"files": [{"path": name} for name in names]}, "")
+    assert read_on(commit, ranks) == [*common, *(name for rank in ranks for name in shards[rank])]
 
 
 QUICK_CHANGES = [((3, 2), (1, 1), "fp32")]
@@ -148,10 +197,24 @@ def test_a_forged_log_is_found(finished, tmp_path, codes):
     assert any("damaged" in problem for problem in verify_run(run))
 
 
+def test_a_checkpoint_that_is_pruned_meanwhile_is_no_problem(finished, tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    shutil.copytree(finished[0].run.path, run)
+    first, *_ = checkpoints.list_commits(run)
+    real = checkpoints.commit_problems
+
+    def prune_first(commit):
+        shutil.rmtree(first.path, ignore_errors=True)
+        return real(commit)
+
+    monkeypatch.setattr(checkpoints, "commit_problems", prune_first)
+    assert verify_run(run) == []
+
+
 def test_a_run_on_other_rows_than_prescribed_is_found(finished, monkeypatch):
     options, commit = finished
     monkeypatch.setitem(commit.content["sampler"], "seed", 1)
-    monkeypatch.setattr(checkpoints, "list_commits", lambda run: [commit])
+    monkeypatch.setattr(checkpoints, "list_commits", lambda run, problems: [commit])
     assert len(verify_run(options.run.path)) == 6
 
 

@@ -40,8 +40,9 @@ def encode_views(
     """Codes of uint8 views (n, H, W, C), int64 (n, L), computed on the tokenizer's device; with `num_labels`, views are ids with C = 1.
 
     Every call of the encoder has one shape, whatever n is: the last batch is filled with black, so that codes of an image
-    depend on its place in the shard and on nothing that another attempt would find otherwise. On a CPU each of torch's threads
-    encodes its share of a batch, which keeps cores busier than sharing every operation does.
+    depend on its place in the shard and on nothing that another attempt on such a machine would find otherwise. On a CPU each of
+    torch's threads encodes its share of a batch, which keeps cores busier than sharing every operation does; their number, which
+    `machine` records, decides the shape.
     """
     device = next(tokenizer.parameters()).device
     num_threads = min(torch.get_num_threads(), options.encode_batch_size) if device.type == "cpu" else 1

@@ -54,7 +54,7 @@ class CodesOptions:
     path: str = option("runs/codes", "Folder of the code dataset. Local or s3://.")
     shard_size: int = option(512, "Images per shard: what one task decodes, encodes and commits.", low=1)
     encode_batch_size: int = option(
-        64, "Images per encoder call. Part of the identity: it can decide near ties.", low=1
+        64, "Images per encoder call; on a CPU its threads share them. Part of the identity: it can decide near ties.", low=1
     )
     encode_precision: Literal["fp32", "bf16"] = option("fp32", "fp32 is the parity mode. Part of the identity.")
     num_encoder_actors: int = option(1, "Encoders in the actor pool.", low=1)

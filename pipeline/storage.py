@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from pipeline.s3_errors import S3, bucket_and_key, explained, on_store, response
-from stages.errors import TesseraError
+from stages.errors import StorageError, TesseraError
 
 TEMPORARY = ".tmp-"  # names of local files that are still being written; never listed
 CONFLICT_ATTEMPTS = 5
@@ -114,11 +114,11 @@ def read_chunks(path: str) -> Iterator[bytes]:
 
 @on_store
 def list_files(path: str, suffix: str = "") -> list[str]:
-    """Every finished file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder."""
-    if is_local(path):
-        found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
-    else:
-        found = [S3 + name for name in _fs().find(path)]
+    """Every finished file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder.
+
+    Links to folders are followed. Raises StorageError when a folder cannot be listed.
+    """
+    found = _walk(path) if is_local(path) else (S3 + name for name in _fs().find(path))
     return sorted(name for name in found if _is_finished(name, path) and name.endswith(suffix))
 
 
@@ -140,10 +140,36 @@ def list_temporary_files(path: str, older_than: float) -> list[str]:
     """Files below a folder that dead writers left unfinished before a time in seconds since 1970. S3 has none."""
     if not is_local(path):
         return []
-    found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
     return sorted(
-        name for name in found if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than
+        name for name in _walk(path) if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than
     )
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Every file below a local folder, none when there is no such folder. Links to folders are followed, but never in a circle.
+
+    Args:
+        folder: to list.
+        above: device and inode of the folders that lead to it.
+
+    Raises:
+        StorageError: a folder cannot be listed; what would be missed could be lost.
+    """
+    try:
+        status = os.stat(folder)
+        place = status.st_dev, status.st_ino
+        if place in above:
+            return
+        entries = [(entry.path, entry.is_dir()) for entry in os.scandir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise StorageError(f"path is {folder}, but it cannot be listed ({error}). Let this user read it, or name a folder without it.") from error
+    for path, is_folder in entries:
+        if is_folder:
+            yield from _walk(path, (*above, place))
+        else:
+            yield path
 
 
 @on_store

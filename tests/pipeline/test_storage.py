@@ -112,6 +112,29 @@ def test_listing_is_recursive_sorted_and_filtered(folder):
     assert storage.list_files(folder) == [storage.join(folder, "a.json")]
 
 
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+    for name in ("all/cats/1", "all/cats/deep/2", "elsewhere/dogs/3"):
+        storage.put_if_absent(str(tmp_path / name), b"x")
+    os.symlink(tmp_path / "elsewhere" / "dogs", tmp_path / "all" / "dogs")
+    os.symlink(tmp_path / "elsewhere" / "dogs", tmp_path / "all" / "hounds")
+    os.symlink(tmp_path / "all", tmp_path / "elsewhere" / "dogs" / "back")
+    temporary = tmp_path / "elsewhere" / "dogs" / f"{storage.TEMPORARY}1"
+    temporary.write_bytes(b"half")
+    os.utime(temporary, (1000, 1000))
+    below = [path[len(str(tmp_path)) + 1 :] for path in storage.list_files(str(tmp_path / "all"))]
+    assert below == ["all/cats/1", "all/cats/deep/2", "all/dogs/3", "all/hounds/3"]
+    links = [str(tmp_path / "all" / name / temporary.name) for name in ("dogs", "hounds")]
+    assert storage.list_temporary_files(str(tmp_path / "all"), older_than=2000) == links
+
+
+@pytest.mark.parametrize("listing", [storage.list_files, storage.list_sizes, lambda path: storage.list_temporary_files(path, 0.0)])
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, listing):
+    (tmp_path / "cats").mkdir()
+    os.symlink("owls", tmp_path / "owls")  # a fault that root meets, too
+    with pytest.raises(StorageError, match=f"^path is {tmp_path}, but it cannot be listed .*owls.* Let this user read it"):
+        listing(str(tmp_path))
+
+
 def test_replace_overwrites(folder):
     path = storage.join(folder, "report.html")
     storage.replace(path, b"old")

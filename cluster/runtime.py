@@ -14,7 +14,9 @@ logger = logging.getLogger(__name__)
 
 # Ray's default of one minute is too short where machines are still being started.
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-WORKER_ENVIRONMENT = {START_TIMEOUT: "600"}
+# Without it, a process that Ray gave no GPU sees all of them, and would take one that Ray gives to others.
+HIDE_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+WORKER_ENVIRONMENT = {START_TIMEOUT: "600", HIDE_GPUS: "1"}
 
 
 def has_cluster() -> bool:

@@ -8,6 +8,7 @@ from code_dataset_support import Recipe, files_of
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset
 from pipeline.code_dataset.garbage import CONTENT_FOLDERS, collect_garbage
+from pipeline.code_dataset.layout import receipt_path
 from pipeline.code_dataset.plan import freeze
 from pipeline.code_dataset.verify import verify_code_dataset
 
@@ -52,14 +53,35 @@ def test_what_a_job_may_still_be_writing_stays(root):
     assert storage.list_files(root) == before
 
 
-def test_of_a_dataset_that_was_given_up_what_has_no_receipt_goes(root):
+def test_of_a_shard_with_a_receipt_what_other_attempts_wrote_goes(root):
     half_written(root)
     before = storage.list_files(root)
-    garbage = strays(root)
-    assert sorted(collect_garbage(root, grace_seconds=-60.0)) == sorted(garbage)
+    Recipe(bad_images=(4, 5)).write_shard(root, 0)
+    garbage = set(storage.list_files(root)) - set(before)
+    assert {path[len(root) + 1 :].split("/")[0] for path in garbage} == {"shards", "quarantine"}
+    assert set(collect_garbage(root)) == garbage
     assert storage.list_files(root) == before
     Recipe().write(root)
     assert verify_code_dataset(root) == []
+
+
+def test_what_a_dead_attempt_wrote_is_there_when_its_shard_gets_the_receipt(tmp_path, monkeypatch):
+    """However old it is: it has the name of what the next attempt writes, which leaves it as it is."""
+    root = str(tmp_path)
+    half_written(root)
+    dead = files_of(root, "shards")[1]
+    os.utime(dead, (0, 0))
+    put, is_collected = storage.put_if_absent, []
+
+    def put_after_collecting(path, data):
+        if "/receipts/" in path:
+            is_collected.append(collect_garbage(root))
+        return put(path, data)
+
+    os.remove(receipt_path(root, Recipe().plan.fingerprint, 2))
+    monkeypatch.setattr(storage, "put_if_absent", put_after_collecting)
+    Recipe().write(root)
+    assert is_collected == [[], []] and verify_code_dataset(root) == []
 
 
 @pytest.mark.parametrize("is_published", [True, False])

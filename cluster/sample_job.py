@@ -14,7 +14,7 @@ from cluster.sampler_actor import SamplerActor
 from pipeline import storage
 from pipeline.grids import grid_png
 from pipeline.progress import Progress
-from pipeline.shard_jobs import gpus_per_actor
+from pipeline.shard_jobs import share_per_actor
 from stages.config import to_yaml
 from stages.options import ConditioningOptions, RunOptions, SamplingOptions, TokenizerOptions
 
@@ -48,7 +48,7 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     condition (n, P), in order of the global sample index.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path, checkpoints.SAMPLED_FROM)
-    on_one = ray.remote(num_cpus=1, num_gpus=gpus_per_actor(1))
+    on_one = ray.remote(num_cpus=1, num_gpus=share_per_actor("GPU", 1))
     actor: Any = on_one(SamplerActor).remote(
         commit.path, options.tokenizer.path, options.sampling, conditions_path=options.conditioning.sampled_codes_path
     )

@@ -5,7 +5,6 @@ the half it took, so a placement group reserves them together. An actor that is 
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.shard_jobs import share_per_actor
 from stages.errors import TesseraError
 from stages.options import EvaluationOptions
 
@@ -24,14 +24,10 @@ NOTICE_SECONDS = 30.0
 
 
 def bundle(options: EvaluationOptions) -> dict[str, float]:
-    """Resources of one actor: as asked for, else one CPU, and one GPU where there are any; an equal share of too few."""
-    total, num_actors = ray.cluster_resources(), options.num_sampler_actors + options.num_feature_actors
-
-    def share(name: str) -> float:
-        return min(1.0, math.floor(100 * total.get(name, 0.0) / num_actors) / 100)
-
-    cpus = options.cpus_per_actor if options.cpus_per_actor is not None else share("CPU") or 1.0
-    gpus = options.gpus_per_actor if options.gpus_per_actor is not None else share("GPU")
+    """Resources of one actor: as asked for, else one CPU, and one GPU where there are any; equal shares of too few."""
+    num_actors = options.num_sampler_actors + options.num_feature_actors
+    cpus = options.cpus_per_actor if options.cpus_per_actor is not None else share_per_actor("CPU", num_actors) or 1.0
+    gpus = options.gpus_per_actor if options.gpus_per_actor is not None else share_per_actor("GPU", num_actors)
     wanted = {"CPU": cpus, "GPU": gpus} | ({options.actor_resource: 1.0} if options.actor_resource else {})
     return {name: amount for name, amount in wanted.items() if amount > 0}
 

@@ -5,6 +5,7 @@ of the first and changes nothing.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHARDS_PER_DECODER = 100
 SMALL_MAP, MAP_CHUNK = 16, 16
+SHARE_UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
 def encode_missing_shards(job: ShardJob, num_shards: int) -> None:
@@ -45,7 +47,7 @@ def encode_missing_shards(job: ShardJob, num_shards: int) -> None:
             batch_size=1,  # a row is a shard; where GPUs are asked for, Ray Data takes no whole blocks
             batch_format="pyarrow",
             num_cpus=1,
-            num_gpus=gpus_per_actor(job.codes.num_encoder_actors),
+            num_gpus=share_per_actor("GPU", job.codes.num_encoder_actors),
             compute=ray.data.ActorPoolStrategy(size=job.codes.num_encoder_actors),
             fn_constructor_kwargs={"job": job},
         )
@@ -62,9 +64,17 @@ def shards_per_decoder(num_encoder_actors: int) -> int | None:
     return SHARDS_PER_DECODER if has_other_cpus else None
 
 
-def gpus_per_actor(num_actors: int) -> float:
-    """An equal share of the cluster's GPUs for each of so many actors, at most one; 0 in a cluster without GPUs."""
-    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_actors)
+def share_per_actor(name: str, num_actors: int) -> float:
+    """How much of a resource, CPU or GPU, each of so many actors takes: one, or what lets the fewest share each of too few.
+
+    Ray takes a share out of one GPU, and out of the CPUs of one node. So three actors take halves of two GPUs: only two would
+    have room if each took two thirds. 0 in a cluster without the resource.
+    """
+    num_units = int(ray.cluster_resources().get(name, 0.0))
+    if num_units == 0:
+        return 0.0
+    actors_per_unit = math.ceil(num_actors / num_units)
+    return SHARE_UNITS // actors_per_unit / SHARE_UNITS
 
 
 def _wait(committed: ray.data.Dataset, num_missing: int) -> None:

@@ -18,7 +18,7 @@ from pipeline.code_dataset import CodeDataset
 from pipeline.code_dataset.parts import CROP_COLUMNS
 from pipeline.code_dataset.verify import verify_code_dataset
 from pipeline.encoding import encode_views
-from pipeline.shard_jobs import gpus_per_actor, shards_per_decoder
+from pipeline.shard_jobs import shards_per_decoder, share_per_actor
 from pipeline.sources import open_source
 from pipeline.tokenize_images import TokenizeOptions, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
@@ -277,7 +277,7 @@ def test_conditions_are_stored_under_the_same_crop(rich):
 def test_decoding_runs_beside_encoding_where_there_are_cpus_for_both(ray_cluster):
     assert shards_per_decoder(num_encoder_actors=1)
     assert shards_per_decoder(num_encoder_actors=2) is None
-    assert gpus_per_actor(num_actors=1) == 0
+    assert share_per_actor("GPU", num_actors=1) == 0
 
 
 @pytest.mark.ray

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageCms
 
-from pipeline.images import decode_image
+from pipeline.images import decode_image, decode_label_map, decode_number_map
 from pipeline.sources.image_folder import ImageFolder
 from stages.errors import BadImage
 from stages.options import ImageOptions, SourceOptions
@@ -237,6 +237,32 @@ def test_bad_content_is_named(case):
     with pytest.raises(BadImage) as error:
         decode_image(data)
     assert error.value.kind == kind and error.value.message
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+MAP = npy(np.ones((24, 20), np.uint8))
+BAD_MAPS = {
+    "half an array": MAP[:300],
+    "a header that is no Python": MAP.replace(b"(24, 20)", b"(24, 20 "),
+    "a header with a stray quote": MAP.replace(b"False", b"Fals'"),
+    "a shape that no memory holds": MAP.replace(b"(24, 20), }          ", b"(240000000000, 20), }"),
+    "a shape that no number holds": MAP.replace(b"(24, 20), }                ", b"(24000000000000000000, 20)}"),
+    "a type that is none": MAP.replace(b"|u1", b"|q1"),
+    "objects": npy(np.array([{}])),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MAPS)
+@pytest.mark.parametrize("decode", [decode_label_map, decode_number_map])
+def test_a_damaged_array_is_a_bad_image(case, decode):
+    with pytest.raises(BadImage) as error:
+        decode(BAD_MAPS[case])
+    assert error.value.kind == "undecodable" and error.value.message
 
 
 def test_postscript_is_not_handed_to_another_program(tmp_path, monkeypatch):

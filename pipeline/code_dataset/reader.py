@@ -17,7 +17,7 @@ from pipeline.code_dataset.manifest import read_manifest, row_format_of
 from pipeline.code_dataset.parts import CODES, DESCRIBED, IMAGE_ID, LABEL, VIEW
 from pipeline.code_dataset.row_groups import CachedRowGroups, Extent, LocalRowGroups, RowGroups, default_cache_folder
 from pipeline.kernels import gather_bytes, span
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, StorageError
 
 DEFAULT_CACHE_BYTES = 64 << 30
 DESCRIBED_GROUPS = 8  # decoded row groups of the describing columns that stay in memory
@@ -184,6 +184,8 @@ class CodeDataset:
             with storage.open_read(path) as file:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
                 return parquet.read_row_group(index, columns=list(DESCRIBED))
+        except StorageError:
+            raise  # says itself what is wrong with the store
         except (OSError, pa.ArrowException) as error:
             raise ArtefactError(
                 f"{path} is missing or damaged ({error}), but the manifest lists it. Restore it, or tokenize anew."

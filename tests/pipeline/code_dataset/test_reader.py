@@ -4,11 +4,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from code_dataset_support import Recipe, files_of, flip_bit
+from s3_support import break_store
 
 from pipeline import storage
 from pipeline.code_dataset import CodeDataset, compact
 from pipeline.code_dataset.parts import CROP_COLUMNS, DESCRIBED
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, StorageError
 
 MANY_PARTS = {"conditions": ("depth", "edges"), "row_group_rows": 4}
 
@@ -175,6 +176,14 @@ def test_of_a_dataset_on_s3_only_what_is_asked_for_is_fetched(s3, tmp_path, monk
     dataset.prefetch(np.array([0]))
     np.testing.assert_array_equal(dataset.codes(np.array([0])), Recipe(**MANY_PARTS).codes.reshape(-1, 6)[[0]])
     assert len(fetched) == 3
+
+
+def test_a_store_that_cannot_be_reached_is_no_damage(s3, tmp_path, monkeypatch):
+    dataset = CodeDataset.open(Recipe().write(s3), verify=False, cache_folder=str(tmp_path / "cache"))
+    break_store(monkeypatch, "no server")
+    for read in (dataset.describe, dataset.codes):
+        with pytest.raises(StorageError, match="cannot be reached"):
+            read(np.array([5]))
 
 
 def test_rows_stay_right_when_the_cache_is_too_small(s3, tmp_path):

@@ -8,6 +8,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from pipeline.kernels import READ_AHEAD, first_absent
 from stages.errors import ArtefactError
 
 NUM_FETCHERS = 8
+TEMPORARY_SECONDS = 3600.0  # older than any fetch that still runs
 
 
 @dataclass(frozen=True)
@@ -128,27 +130,30 @@ class CachedRowGroups:
         num_groups: of the column.
         extent_of: where each of them is.
         folder: of the cache.
-        max_bytes: what this process keeps of the column at most; the groups used longest ago go first.
+        max_bytes: what this process leaves of the column at most, files that it found included; those used longest ago go first.
     """
 
     def __init__(self, num_groups: int, extent_of: Callable[[int], Extent], folder: str, max_bytes: int):
         self.addresses = np.zeros(num_groups, np.uint64)
         self._extent_of, self._folder, self._max_bytes = extent_of, folder, max_bytes
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._maps: dict[int, mmap.mmap] = {}
         self._fetcher = ThreadPoolExecutor(max_workers=NUM_FETCHERS, thread_name_prefix="row-group-fetcher")
-        self._ahead: dict[int, Future[None]] = {}
+        self._ahead: dict[int, Future[mmap.mmap]] = {}
         self._lock = threading.Lock()
         os.makedirs(folder, exist_ok=True)
+        self._sizes = self._find_files()  # bytes of the files of groups, mapped or not, the one used longest ago first
+        self._evict(keep=0)
 
     def require(self, rows: np.ndarray, group_shift: int, *, wait: bool = False) -> None:
         wanted = np.unique(rows >> group_shift).tolist()
         missing = [group for group in wanted if not self.addresses[group]]
         self.prefetch(missing)
         for group in missing:
-            self._ahead.pop(group).result()
-            self._map(group)
+            self._maps[group] = mapped = self._ahead.pop(group).result()
+            self._sizes[group] = len(mapped)
+            self.addresses[group] = np.frombuffer(mapped, np.uint8).ctypes.data
         for group in wanted:
-            self._maps.move_to_end(group)
+            self._sizes.move_to_end(group)
         self._evict(keep=len(wanted))
 
     def prefetch(self, groups: Iterable[int]) -> None:
@@ -166,15 +171,30 @@ class CachedRowGroups:
             self._folder, f"{xxhash.xxh3_64_hexdigest(extent.path.encode())}-{extent.offset}-{extent.xxh3_64}"
         )
 
-    def _fetch(self, group: int) -> None:
+    def _find_files(self) -> OrderedDict[int, int]:
+        """Bytes of the column's files that are there, by group, the oldest first. What dead processes left half written goes."""
+        groups = {self._file(group): group for group in range(len(self.addresses))}
+        found = []
+        for entry in os.scandir(self._folder):
+            try:
+                status = entry.stat()
+                if entry.path in groups:
+                    found.append((status.st_mtime, groups[entry.path], status.st_size))
+                elif "." in entry.name and status.st_mtime < time.time() - TEMPORARY_SECONDS:
+                    os.unlink(entry.path)
+            except FileNotFoundError:
+                pass  # another process of this machine was first
+        return OrderedDict((group, num_bytes) for _, group, num_bytes in sorted(found))
+
+    def _fetch(self, group: int) -> mmap.mmap:
+        """The group's file in memory, checked. It stays there if another process of this machine removes the file to make room."""
         extent, file = self._extent_of(group), self._file(group)
         try:
-            with open(file, "rb") as cached:
-                data = cached.read()
-            extent.check(data[: len(data) - READ_AHEAD])
-            return
-        except (FileNotFoundError, ArtefactError):
-            pass  # not here, or not whole
+            mapped = _map_file(file)
+            extent.check(memoryview(mapped)[: len(mapped) - READ_AHEAD])
+            return mapped
+        except (FileNotFoundError, ValueError, ArtefactError):
+            pass  # not here, empty, or not whole
         try:
             values = storage.read_range(extent.path, extent.offset, extent.num_bytes)
         except FileNotFoundError:
@@ -185,26 +205,27 @@ class CachedRowGroups:
         temporary = f"{file}.{uuid.uuid4().hex}"
         with open(temporary, "wb") as target:
             target.write(values + bytes(READ_AHEAD))
+        mapped = _map_file(temporary)
         os.replace(temporary, file)
-
-    def _map(self, group: int) -> None:
-        if not os.path.exists(self._file(group)):
-            self._fetch(group)  # another process of this machine made room since
-        with open(self._file(group), "rb") as file:
-            self._maps[group] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.addresses[group] = np.frombuffer(self._maps[group], np.uint8).ctypes.data
+        return mapped
 
     def _evict(self, keep: int) -> None:
-        total = sum(map(len, self._maps.values()))
-        while total > self._max_bytes and len(self._maps) > keep:
-            group, mapped = self._maps.popitem(last=False)
-            self.addresses[group] = 0
-            total -= len(mapped)
-            mapped.close()
+        total = sum(self._sizes.values())
+        while total > self._max_bytes and len(self._sizes) > keep:
+            group, num_bytes = self._sizes.popitem(last=False)
+            total -= num_bytes
+            if group in self._maps:
+                self.addresses[group] = 0
+                self._maps.pop(group).close()
             try:
                 os.unlink(self._file(group))
             except FileNotFoundError:
                 pass  # another process of this machine was first
+
+
+def _map_file(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def default_cache_folder() -> str:

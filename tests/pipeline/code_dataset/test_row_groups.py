@@ -3,6 +3,7 @@
 import ctypes
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,3 +230,35 @@ def test_a_prefetched_group_that_another_process_removed_is_fetched_anew(extents
     other.require(np.array([1]), 0)
     column.require(np.array([0]), 0)
     np.testing.assert_array_equal(contents(column, 0), values[0])
+
+
+def test_a_group_whose_file_another_process_removes_at_once_is_read_all_the_same(extents, values, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda temporary, file: os.unlink(temporary))
+    column = cached(extents, tmp_path / "cache")
+    column.require(np.array([0, 3]), 0)
+    for group in (0, 3):
+        np.testing.assert_array_equal(contents(column, group), values[group])
+
+
+def test_files_of_earlier_processes_count_and_the_oldest_go_first(extents, values, tmp_path, fetched):
+    folder = tmp_path / "cache"
+    for start in (0, 3, 6):
+        column = cached(extents, folder, max_bytes=4 * CACHED_SIZE)
+        for group in range(start, start + 4):
+            column.require(np.array([group]), 0)
+            os.utime(column._file(group), (group, group))
+        assert len(list(folder.iterdir())) == 4
+    assert fetched == list(range(NUM_GROUPS)), "the last of each process was there for the next"
+    column = cached(extents, folder, max_bytes=2 * CACHED_SIZE)
+    assert {str(path) for path in folder.iterdir()} == {column._file(group) for group in (8, 9)}
+
+
+def test_what_a_dead_process_left_half_written_goes_when_it_is_old(extents, tmp_path):
+    folder = tmp_path / "cache"
+    file = cached(extents, folder)._file(0)
+    old, new = (Path(f"{file}.{name}") for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    cached(extents, folder)
+    assert list(folder.iterdir()) == [new]

@@ -89,7 +89,7 @@ def _train(options: TokenizerJobOptions, inputs: TrainingInputs, run_path: str, 
     check_workers_fit(options.scaling, needs_data_cpu=True)
     # Some images here, so that options that do not fit the source are an error before any worker starts.
     reader, table = image_reader(options, inputs), ray.get(inputs.table)
-    check_maps(reader.source, table["uri"].to_pylist(), options.tokenizer)
+    check_maps(reader.source, table["uri"], options.tokenizer)
     reader.read_step(0, slice(0, 1), (), table)
     storage.check_conditional_put(run_path)
     storage.replace(storage.join(run_path, "config.yaml"), to_yaml(options).encode())

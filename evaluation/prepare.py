@@ -108,7 +108,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
     holdout = _choose_holdout(source, evaluation.num_samples)
-    check_maps(source, holdout["uri"].to_pylist(), options.tokenizer)
+    check_maps(source, holdout["uri"], options.tokenizer)
     holdout_conditions: np.ndarray | None = None
     if conditions is not None and plan.has_likelihood:
         holdout_conditions = _holdout_conditions(conditions, holdout)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.sources import Example, Source
 from pipeline.sources.contract import IMAGE
@@ -81,14 +82,14 @@ def needed_maps(tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> list
     return [*stored] if tokenizer.input == IMAGE else [*stored, tokenizer.input]
 
 
-def check_maps(source: Source, uris: Sequence[str], tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> None:
+def check_maps(source: Source, uris: pa.ChunkedArray, tokenizer: TokenizerOptions, stored: Sequence[str] = ()) -> None:
     """Refuses condition maps that a source does not have, and one to tokenize that is of another kind than the tokenizer takes.
 
     The first image that can be decoded and has all of them tells.
 
     Args:
         source: of the images.
-        uris: of all images.
+        uris: string, of all images.
         tokenizer: what is tokenized.
         stored: names of further maps, `codes.conditions`.
 
@@ -100,7 +101,7 @@ def check_maps(source: Source, uris: Sequence[str], tokenizer: TokenizerOptions,
         return
     maps: list[str] = []
     fault = ""
-    for uri in uris[:NUM_TRIED]:
+    for uri in uris.slice(0, NUM_TRIED).to_pylist():
         try:
             example = source.decode(source.fetch(uri))
         except (BadImage, FileNotFoundError) as error:

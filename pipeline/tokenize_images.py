@@ -73,7 +73,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     views = check_images(tokenizer, options)
     source = open_source(options.source, options.images, needed_maps(options.tokenizer, options.codes.conditions))
     listing = source.list_images(options.source.split)
-    check_maps(source, listing["uri"].to_pylist(), options.tokenizer, options.codes.conditions)
+    check_maps(source, listing["uri"], options.tokenizer, options.codes.conditions)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path
     storage.check_conditional_put(root)

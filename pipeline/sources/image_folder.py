@@ -3,6 +3,7 @@
 import os
 import posixpath
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,11 @@ class ImageFolder:
         if not options.path:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
-        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path) if name}))
         root, holdout_root = _root_folder(options.path), _root_folder(options.holdout_path or options.path)
+        # A store lists files with their sizes, slowly; on a disk every size is a call, which may not be needed.
+        is_in_store = not _is_list(options.path) and not storage.is_local(root)
+        self._listed = {root: storage.list_sizes(root)} if is_in_store else {}
+        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path, self._listed.get(root)) if name}))
         if options.holdout_maps and root == holdout_root:
             raise ConfigError(
                 f"source.holdout_maps is {list(options.holdout_maps)}, but held-out images lie in {root}, as the others do. Name the "
@@ -49,6 +53,9 @@ class ImageFolder:
                         f"Move the maps beside it, or name the images by a list file."
                     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listed": {}}  # tasks that read list nothing
+
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
         table = check_listing(split_by_hash(self._table(key, str(path)), self.options, split), self.options, split)
@@ -61,7 +68,7 @@ class ImageFolder:
     def _table(self, key: str, path: str) -> pa.Table:
         root = _root_folder(path)
         is_list = _is_list(path)
-        sizes = {} if is_list else storage.list_sizes(root)
+        sizes = {} if is_list else self._listed.pop(root, {}) or storage.list_sizes(root)
         entries = _entries(key, path, sizes)
         if is_list:
             sizes = {image: os.path.getsize(image) for image, _ in entries if os.path.isfile(image)}

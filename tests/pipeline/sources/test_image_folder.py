@@ -1,6 +1,7 @@
 """Image files in folders and lists."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -212,3 +213,18 @@ def test_a_listing_has_the_sizes_of_files_on_disk_and_s3(tmp_path, s3):
     assert found == sizes
     listed = source_at(tmp_path / "list.txt").list_images("train")
     assert set(listed["num_bytes"].to_pylist()) == {sizes["a.png"], None}
+
+
+def test_a_store_is_listed_once_for_classes_and_images_and_the_listing_does_not_travel(s3, monkeypatch):
+    for name in ("cat/a.png", "dog/b.png"):
+        storage.put_if_absent(f"{s3}/{name}", name.encode())
+    listings = []
+    for name in ("list_files", "list_sizes"):
+        listing = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda path, listing=listing: (listings.append(path), listing(path))[1])
+    source = source_at(s3)
+    travelled = pickle.loads(pickle.dumps(source))
+    assert len(source.list_images("train")) == 2 and listings == [s3]
+    assert s3.encode() + b"/cat/a.png" not in pickle.dumps(source_at(s3))
+    storage.put_if_absent(f"{s3}/dog/c.png", b"new")
+    assert len(source.list_images("train")) == len(travelled.list_images("train")) == 3

@@ -18,9 +18,9 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import Features
 from evaluation.tally import RealImages
 from pipeline.encoding import prepare_tokenizer, use_parity_mode
+from pipeline.fetch import fetch
 from pipeline.grids import label_colors
 from pipeline.inputs import input_channels, render_views
-from pipeline.shard_tasks import fetch
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import crop_of

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.fetch import fetch
 from pipeline.image_order import ImageOrder, augmentation
 from pipeline.inputs import render_views
 from pipeline.order import batch_index
@@ -55,7 +56,7 @@ class ImageReader:
 
         Raises:
             ConfigError: no image in a row of many can be used.
-            OSError: the storage fails.
+            OSError: the storage failed several times.
         """
         batch = self.order.batch(batch_index(step, skipped))
         rows, keys = batch.rows[entries], batch.keys[entries]
@@ -72,12 +73,11 @@ class ImageReader:
                 logger.warning("Image %s cannot be used, another takes its place: %s (%s)", uri, error.kind, error.message)
                 fault, row = error.message, self.order.substitute(key, attempt)
         raise ConfigError(
-            f"source.name is {type(self.source).__name__}, but {MAX_SUBSTITUTES} images in a row cannot be used, the last {uri}: "
-            f"{fault}. The log says what is wrong with each; mend them."
+            f"{MAX_SUBSTITUTES} images in a row cannot be used, the last {uri}: {fault}. The log says what is wrong with each; mend them."
         )
 
     def _read(self, uri: str, key: int) -> np.ndarray:
-        example = self.source.decode(self.source.fetch(uri))
+        example = self.source.decode(fetch(self.source, uri))
         height, width = example.image.shape[:2]
         if 0 in (height, width):
             raise BadImage("too-small", f"the image has {width} x {height} pixels")

@@ -1,8 +1,7 @@
 """What Ray Data runs per shard of a plan: a task that reads and decodes its images, an actor that encodes and commits them."""
 
 import hashlib
-import logging
-import time
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,16 @@ import torch
 from pipeline.code_dataset.parts import QUARANTINE_SCHEMA, RowFormat, byte_rows, make_rows
 from pipeline.code_dataset.receipts import commit_shard
 from pipeline.encoding import encode_views, machine, prepare_tokenizer
+from pipeline.fetch import MISSING, fetch
 from pipeline.inputs import input_channels, render_stored, render_views
 from pipeline.probe import check_probe
 from pipeline.sources import Source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import crop_of
-from stages.errors import ArtefactError, BadImage
+from stages.errors import ArtefactError, BadImage, StorageError
 from stages.memory import keep_freed_memory
 from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
-logger = logging.getLogger(__name__)
-
-READ_ATTEMPTS = 4
-READ_RETRY_SECONDS = 1.0
 CROP_FLOATS = 5  # left, top, width, height, mirrored
 
 
@@ -73,11 +69,17 @@ def decode_shard(table: pa.Table, job: ShardJob) -> pa.Table:
         with the pixels, crops and condition maps of all views of an image, or with what is wrong with it.
 
     Raises:
+        StorageError: no image of several is there: it is their place that this machine does not have.
         OSError: storage kept failing.
     """
     (shard,) = table["shard"].to_pylist()
     rows = ray.get(job.plan_images).filter(pc.field("shard") == shard)
     decoded = [_decode_image(row, job) for row in rows.select(["shard", "image_id", "uri", "label"]).to_pylist()]
+    if len(decoded) > 1 and all(image.get("kind") == MISSING for image in decoded):
+        raise StorageError(
+            f"{decoded[0]['uri']} is listed, but neither it nor any other of the {len(decoded)} images of shard {shard} is there on "
+            f"{os.uname().nodename}. Let every machine see the images, or list only those that are there."
+        )
     images = pa.Table.from_pylist(decoded, schema=job.decoded_schema).to_struct_array().combine_chunks()
     return pa.table(
         {"shard": pa.array([shard], pa.int32()), "images": pa.ListArray.from_arrays([0, len(images)], images)}
@@ -99,26 +101,6 @@ def _decode_image(row: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     boxes = np.array([(c.left, c.top, c.width, c.height, c.is_flipped) for c in crops], np.float32)
     digest = hashlib.sha256(data).hexdigest()
     return {**row, "sha256": digest, "pixels": pixels.tobytes(), "crops": boxes.tobytes(), **conditions}
-
-
-def fetch(source: Source, uri: str) -> bytes:
-    """An image's bytes. A file that is not there is that image's fault; other storage faults are retried, then raised.
-
-    Raises:
-        BadImage: the listed image does not exist.
-        OSError: storage kept failing.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            return source.fetch(uri)
-        except FileNotFoundError as error:
-            raise BadImage("missing", str(error)) from error
-        except OSError as error:
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            logger.warning("Reading %s failed (%s); trying again", uri, error)
-            time.sleep(READ_RETRY_SECONDS * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 class ShardEncoder:

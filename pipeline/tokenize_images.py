@@ -199,8 +199,9 @@ def check_quarantine(root: str, receipts: list[dict[str, Any]], max_fraction: fl
     examples = ", ".join(first["uri"].to_pylist()[:NUM_EXAMPLES])
     raise TesseraError(
         f"codes.max_quarantined_fraction is {max_fraction}, but {num_bad} of {counts['n_input']} images are unusable "
-        f"({kinds}), such as {examples}. Mend or remove them (every one is listed under {storage.join(root, 'quarantine')}), "
-        f"or raise the fraction."
+        f"({kinds}), such as {examples}. Every one is listed under {storage.join(root, 'quarantine')}. Raise the fraction to go on "
+        f"without them; or let them be there as they were listed, and remove the receipts of the same numbers under "
+        f"{storage.join(root, 'receipts')}; or mend or remove them, and use another codes.path."
     )
 
 

@@ -95,6 +95,6 @@ def test_pictures_are_the_views_of_images_that_can_be_used(actor):
 
 
 def test_a_storage_fault_is_no_bad_image(actor, monkeypatch):
-    monkeypatch.setattr("pipeline.shard_tasks.READ_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.fetch.READ_RETRY_SECONDS", 0.0)
     with pytest.raises(TesseraError, match="denied is listed, but it cannot be read"):
         actor.of_reference(["denied"], [KEY])

@@ -75,15 +75,33 @@ def test_a_folder_of_bad_images_ends_the_training_clearly(folder):
     for path in folder.iterdir():
         path.write_bytes(b"")
     reader, table = reader_of(SourceOptions(name="image-folder", path=str(folder)), batch=6)
-    with pytest.raises(ConfigError, match="16 images in a row cannot be used"):
+    with pytest.raises(ConfigError, match="^16 images in a row cannot be used"):
         reader.read_step(0, slice(0, 6), (), table)
 
 
-def test_a_fault_of_storage_is_no_bad_image(folder):
+def test_a_listed_image_that_is_gone_is_replaced_like_a_bad_one(folder):
     reader, table = reader_of(SourceOptions(name="image-folder", path=str(folder)), batch=6)
+    (folder / "2.png").write_bytes(b"not a picture")
+    expected = reader.read_step(0, slice(0, 6), (), table)
     os.remove(folder / "2.png")
-    with pytest.raises(OSError):
+    rows, pixels = reader.read_step(0, slice(0, 6), (), table)
+    assert np.array_equal(rows, expected[0]) and np.array_equal(pixels, expected[1])
+
+
+def test_a_fault_of_storage_is_no_bad_image_and_is_retried(folder, monkeypatch):
+    monkeypatch.setattr("pipeline.fetch.READ_RETRY_SECONDS", 0.0)
+    reader, table = reader_of(SourceOptions(name="image-folder", path=str(folder)), batch=6)
+    expected = reader.read_step(0, slice(0, 6), (), table)[1]
+    read, faults = reader.source.fetch, [TimeoutError("busy"), PermissionError("locked")]
+    monkeypatch.setattr(reader.source, "fetch", lambda uri: read(uri) if not faults else _fail(faults.pop()))
+    assert np.array_equal(reader.read_step(0, slice(0, 6), (), table)[1], expected)
+    faults += [PermissionError("locked")] * 4
+    with pytest.raises(PermissionError, match="locked"):
         reader.read_step(0, slice(0, 6), (), table)
+
+
+def _fail(error):
+    raise error
 
 
 def test_label_maps_come_as_ids_at_the_size_of_the_image():

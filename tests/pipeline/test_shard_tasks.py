@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -14,33 +15,19 @@ from pipeline import shard_tasks
 from pipeline.code_dataset.codec import unpack
 from pipeline.code_dataset.compact import read_shard
 from pipeline.code_dataset.parts import CROP_COLUMNS, SOURCE_SHA256, RowFormat, byte_rows
-from pipeline.code_dataset.receipts import read_receipts
+from pipeline.code_dataset.receipts import finished_shards, read_receipts
 from pipeline.encoding import encode_views
 from pipeline.probe import make_probe
-from pipeline.shard_tasks import ShardEncoder, ShardJob, decode_shard, fetch
+from pipeline.shard_tasks import ShardEncoder, ShardJob, decode_shard
 from pipeline.sources import Example, listing
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import crop_of, expand_views, render, render_map
-from stages.errors import ArtefactError, BadImage
+from stages.errors import ArtefactError, BadImage, StorageError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import CodesOptions, ImageOptions, TokenizerOptions
 
 IMAGES = ImageOptions(size=16, views=("center", "flip", "random-crop:2"))
 VIEWS = expand_views(IMAGES.views)
-
-
-class Flaky:
-    """A source whose storage fails a number of times before it answers."""
-
-    class_names = ()
-
-    def __init__(self, *faults):
-        self.faults = list(faults)
-
-    def fetch(self, uri):
-        if self.faults:
-            raise self.faults.pop(0)
-        return b"data"
 
 
 class Squares:
@@ -49,8 +36,8 @@ class Squares:
     class_names = ("a", "b")
 
     def fetch(self, uri):
-        if uri == "gone":
-            raise FileNotFoundError("gone")
+        if uri.startswith("gone"):
+            raise FileNotFoundError(uri)
         return uri.encode()
 
     def decode(self, data):
@@ -61,11 +48,6 @@ class Squares:
         segmentation, depth = random.integers(0, 9, (24, 32)).astype(np.uint8), random.random((24, 32), np.float32)
         conditions = {"segmentation": segmentation} | ({} if data == b"plain" else {"depth": depth})
         return Example(np.asarray(image), conditions)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(shard_tasks, "READ_RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +92,6 @@ def run(job, *shards):
     return read_receipts(job.codes.path, "p", len(shards))
 
 
-def test_storage_faults_are_retried():
-    assert fetch(Flaky(TimeoutError(), PermissionError()), "uri") == b"data"
-
-
-def test_storage_that_keeps_failing_is_no_bad_image():
-    with pytest.raises(PermissionError, match="locked"):
-        fetch(Flaky(*[PermissionError("locked")] * 100), "uri")
-
-
-def test_a_file_that_is_gone_is_a_bad_image():
-    with pytest.raises(BadImage) as error:
-        fetch(Flaky(FileNotFoundError("gone")), "uri")
-    assert error.value.kind == "missing"
-
-
 def test_a_shard_holds_every_view_of_its_images(job):
     receipt, _ = run(job, 0, 1)
     rows = read_shard(job.codes.path, receipt["part"])
@@ -161,6 +128,15 @@ def test_images_that_cannot_be_used_are_quarantined(job):
         ("plain", "decode", "no-condition"),
     ]
     assert [row["sha256"] for row in found] == [hashlib.sha256(data).hexdigest() for data in (b"none", b"", b"plain")]
+
+
+def test_a_shard_of_which_nothing_is_there_is_a_fault_of_its_place(job):
+    uris = pa.array(["one", "two", "gone", "three", "gone", "gone too"])
+    elsewhere = dataclasses.replace(job, plan_images=job.plan_images.set_column(1, "uri", uris))
+    with pytest.raises(StorageError, match=f"^gone is listed, but neither .* of the 2 images of shard 1 is there on {os.uname().nodename}"):
+        run(elsewhere, 0, 1)
+    assert finished_shards(job.codes.path, "p") == {0}
+    assert run(job, 0, 1)[1]["counts"]["n_images"] == 1
 
 
 def test_a_receipt_says_which_machine_made_the_codes(job):

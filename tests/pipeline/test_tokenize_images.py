@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -288,6 +289,27 @@ def test_too_many_bad_images_fail_the_job_before_anything_is_published(options, 
     assert "3 of 43 images are unusable" in str(error.value) and ".png" in str(error.value)
     assert storage.list_files(storage.join(path, "versions")) == []
     assert tokenize(with_codes(options, path=path, max_quarantined_fraction=0.1)).num_quarantined == 3
+
+
+@pytest.mark.ray
+def test_images_that_were_missing_are_read_once_their_receipt_is_removed(options, ray_cluster, tmp_path):
+    pq.write_table(pa.table({"uri": [f"images/{i}.png" for i in range(4)]}), tmp_path / "list.parquet")
+    source = SourceOptions(name="parquet", path=str(tmp_path / "list.parquet"))
+    job = with_codes(dataclasses.replace(options, source=source), path=str(tmp_path / "codes"))
+    with pytest.raises(Exception, match="neither it nor any other of the 4 images of shard 0 is there"):
+        tokenize(job)
+    assert storage.list_files(storage.join(job.codes.path, "receipts")) == []
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+    with pytest.raises(TesseraError, match="1 of 4 images are unusable .missing 1.") as error:
+        tokenize(job)
+    (receipt,) = storage.list_files(storage.join(job.codes.path, "receipts"))
+    assert f"receipts of the same numbers under {job.codes.path}/receipts" in str(error.value)
+    (tmp_path / "images" / "3.png").write_bytes(png(3))
+    os.remove(receipt)
+    assert tokenize(job).num_quarantined == 0
+    assert verify_code_dataset(job.codes.path) == []
 
 
 @pytest.mark.ray

@@ -31,6 +31,9 @@ SCHEME = "parquet://"
 class ParquetFiles:
     """Rows of the files at `source.path` (one file, or every .parquet below a folder), listed in order of id.
 
+    By that order the first `num_images` are a fair sample, and so are neighbouring rows of a code dataset, however the files are sorted.
+    The price is that nearly every image read decodes a row group of its own, which should be small.
+
     Columns: `image` or `uri` (absolute, or relative to the file); optionally `label` (integer, 0-based) and `image_id`
     (int64; a hash of file name and row where there is none), and columns of maps beside `image`. Classes are named by their number.
     The entity tag of a row is a hash of its file's footer, which a file that changed seldom keeps.

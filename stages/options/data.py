@@ -11,7 +11,11 @@ class SourceOptions:
     """Where images come from."""
 
     name: str = option("scenes", "A name from pipeline.sources.SOURCES, or `package.module:Class`.")
-    path: str | None = option(None, "Folder, list file or Parquet files. Not needed by `scenes`.")
+    path: str | None = option(
+        None,
+        "Folder, list file or Parquet files. Not needed by `scenes`. To read an image its whole row group of Parquet is decoded: groups of "
+        "about 100 images suit.",
+    )
     num_images: int | None = option(None, "Use the first so many training images; all of them if not given.", low=1)
     seed: int = option(0, "Seed of generated sources (`scenes`) and of the holdout split.", low=0)
     split: Literal["train", "holdout"] = option("train", "Which images `tokenize` takes.")

@@ -164,7 +164,9 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise StorageError(f"path is {folder}, but it cannot be listed ({error}). Let this user read it, or name a folder without it.") from error
+        raise StorageError(
+            f"path is {folder}, but it cannot be listed ({error}). Let this user read it, or name a folder without it."
+        ) from error
     for path, is_folder in entries:
         if is_folder:
             yield from _walk(path, (*above, place))

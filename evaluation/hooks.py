@@ -59,4 +59,12 @@ def _run(command: str, data: bytes) -> None:
 
 def _post(url: str, data: bytes) -> None:
     request = urllib.request.Request(os.path.expandvars(url), data, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
+    urllib.request.build_opener(_RefusesRedirects).open(request, timeout=TIMEOUT_SECONDS).close()
+
+
+class _RefusesRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib follows a redirect with a GET: nobody gets the message, and it looks as if somebody had."""
+
+    def redirect_request(self, request: Any, response: Any, code: int, reason: str, headers: Any, target: str) -> None:
+        # Not the target: its text may hold what the environment put into the address.
+        raise urllib.error.HTTPError(request.full_url, code, "it redirects; name the address that it leads to", headers, response)

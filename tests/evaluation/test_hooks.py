@@ -15,13 +15,21 @@ MESSAGE = {"page": "report.html", "regressions": [{"metric": "gfd"}]}
 
 @pytest.fixture
 def receiver():
-    """An HTTP server; yields its URL and the bodies it was sent."""
+    """An HTTP server that answers a path /CODE with that code; yields its URL and the bodies it was sent."""
     bodies = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            self.send_response(500 if self.path == "/broken" else 204)
+            code = 500 if self.path == "/broken" else int(self.path[1:]) if self.path[1:].isdigit() else 204
+            self.send_response(code)
+            if 300 <= code < 400:
+                self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):
+            bodies.append((self.path, None))
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *args):
@@ -75,6 +83,14 @@ def test_a_webhook_that_refuses_or_is_not_there_is_named(receiver):
     for bad in (f"{url}/broken", "http://127.0.0.1:9/", "no-url"):
         with pytest.raises(TesseraError, match=f"nightly.webhook is {bad}, but it fails"):
             notify("webhook", bad, MESSAGE)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_webhook_that_redirects_is_an_error_and_not_followed(receiver, code):
+    url, bodies = receiver
+    with pytest.raises(TesseraError, match=f"nightly.webhook is {url}/{code}, but it fails .*it redirects; name the address"):
+        notify("webhook", f"{url}/{code}", MESSAGE)
+    assert bodies == [(f"/{code}", MESSAGE)]
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/$SECRET_PART", "$SECRET_PART"])

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,8 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     """Draws `sampling.num_samples` samples and writes them as samples.npz and grid.png. Ray must be connected.
 
     samples.npz holds images uint8 (n, H, W, C), codes int64 (n, L) and labels int64, classes (n,) or codes of the
-    condition (n, P), in order of the global sample index.
+    condition (n, P), in order of the global sample index; and as text what they were drawn from: checkpoint_hash,
+    the sha-256 of its COMMIT.json, and tokenizer_fingerprint. config.yaml names the checkpoint's folder.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path, checkpoints.SAMPLED_FROM)
     on_one = ray.remote(num_cpus=1, num_gpus=share_per_actor("GPU", 1))
@@ -59,16 +60,24 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     with user_errors():
         labels = ray.get(actor.labels.remote(0, num_samples))
         for start in range(0, num_samples, size):
-            codes.append(ray.get(actor.codes.remote(start, start + size)))
-            images.append(ray.get(actor.decode.remote(codes[-1])))
-            progress.advance(min(size, num_samples - start))
-    # Whole groups were drawn and decoded; what lies beyond the number asked for is cut.
-    all_images, all_codes = np.concatenate(images)[:num_samples], np.concatenate(codes)[:num_samples]
+            stop = min(start + size, num_samples)
+            drawn = ray.get(actor.images_and_codes.remote(start, stop))
+            images.append(drawn[0])
+            codes.append(drawn[1])
+            progress.advance(stop - start)
+    all_images = np.concatenate(images)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=all_images, codes=all_codes, labels=labels)
+    np.savez_compressed(
+        buffer,
+        images=all_images,
+        codes=np.concatenate(codes),
+        labels=labels,
+        checkpoint_hash=commit.hash,
+        tokenizer_fingerprint=commit.tokenizer_fingerprint,
+    )
     path = options.sampling.path
     storage.replace(storage.join(path, "samples.npz"), buffer.getvalue())
     storage.replace(storage.join(path, "grid.png"), grid_png(all_images))
-    storage.replace(storage.join(path, "config.yaml"), to_yaml(options).encode())
+    storage.replace(storage.join(path, "config.yaml"), to_yaml(replace(options, checkpoint=commit.path)).encode())
     ray.kill(actor)
     return SampleSummary(samples=path, num_samples=num_samples, checkpoint=commit.path)

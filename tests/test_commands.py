@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from tests_support import tiny_config
 
 import ray_job
@@ -91,8 +92,12 @@ class TestWholeJob:
             assert code == 0 and summary["samples"] == path
             contents.append(np.load(f"{path}/samples.npz"))
             assert Path(path, "grid.png").read_bytes().startswith(b"\x89PNG")
+            assert yaml.safe_load(Path(path, "config.yaml").read_text())["checkpoint"] == summary["checkpoint"]
         for key in ("codes", "images", "labels"):
             assert np.array_equal(contents[0][key][:5], contents[1][key]), key
+        commit = checkpoints.open_commit(summary["checkpoint"])
+        assert str(contents[0]["checkpoint_hash"]) == commit.hash
+        assert str(contents[0]["tokenizer_fingerprint"]) == commit.tokenizer_fingerprint
 
     def test_nightly_writes_a_page_that_needs_no_network(self, job, capsys):
         folder, config = job

@@ -124,6 +124,10 @@ class MetricPlan:
         """The metrics that are measured on samples, reconstructions or held-out images."""
         return [metric for metric in self.sets if image_set in metric.kind.cls.measures]
 
+    def values_of(self, image_set: str) -> list[str]:
+        """Names in records of the values that metrics of this set give."""
+        return [metric.record_name(image_set, part) for metric in self.of_set(image_set) for part in metric.kind.cls.parts]
+
     def features_of(self, image_set: str) -> list[FeatureKey]:
         """The features that metrics of this set need."""
         return list(dict.fromkeys(metric.features for metric in self.of_set(image_set)))

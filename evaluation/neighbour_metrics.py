@@ -53,6 +53,8 @@ class PrecisionRecall(_NeighbourMetric):
     their k-th neighbour. recall: share of the reference inside the manifold of the images.
     """
 
+    parts = ("precision", "recall")
+
     def estimates(self) -> dict[str, Estimate]:
         x, blocks = self.kept()
         y = self.reference_features()
@@ -77,6 +79,8 @@ class DensityCoverage(_NeighbourMetric):
     density: how many of the reference's balls an image lies in, as a multiple of k; 1 is what real images have.
     coverage: share of the reference's balls with an image in them.
     """
+
+    parts = ("density", "coverage")
 
     def estimates(self) -> dict[str, Estimate]:
         x, blocks = self.kept()

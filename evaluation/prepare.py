@@ -107,7 +107,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
             training_codes = open_training_codes(dataset, commit)
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
-    holdout = _choose_holdout(source, evaluation.num_samples)
+    holdout = _choose_holdout(source, options)
     check_maps(source, holdout["uri"], options.tokenizer)
     holdout_conditions: np.ndarray | None = None
     if conditions is not None and plan.has_likelihood:
@@ -162,8 +162,14 @@ def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
     check_fit(tokenizer.config, options.images, options.tokenizer)
 
 
-def _choose_holdout(source: Source, num_samples: int) -> pa.Table:
+def _choose_holdout(source: Source, options: EvaluateOptions) -> pa.Table:
+    num_samples, num_blocks = options.evaluation.num_samples, options.evaluation.num_blocks
     holdout = choose_images(source.list_images("holdout"), num_samples)
+    if holdout.num_rows < 2 * num_blocks:
+        raise ConfigError(
+            f"source.name is {options.source.name} with {holdout.num_rows} held-out images, but the error bars need two per block of "
+            f"evaluation.num_blocks ({num_blocks}). Hold out more images, or lower evaluation.num_blocks."
+        )
     if holdout.num_rows < num_samples:
         logger.warning(
             "evaluation.num_samples is %d, but there are %d held-out images: the distances of held-out images and "

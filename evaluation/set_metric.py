@@ -39,11 +39,13 @@ class SetMetric(Metric):
 
     Attributes:
         measures: the sets it is meaningful for.
+        parts: names of its values in `estimates`.
         is_pairwise: compares images one by one, so that its cost grows with the square of their number.
         needs_reference: cannot be computed without one.
     """
 
     measures: ClassVar[Sequence[str]] = (SAMPLES, HOLDOUT)
+    parts: ClassVar[Sequence[str]] = ("",)
     is_pairwise: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     is_differentiable = False

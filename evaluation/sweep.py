@@ -13,15 +13,16 @@ from typing import Any
 
 import yaml
 
-from cluster.checkpoints import SAMPLED_FROM, resolve_checkpoint
 from evaluation.compare import direction
-from evaluation.evaluate import EvaluateOptions, evaluate
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare
 from evaluation.hashing import canonical_hash
+from evaluation.metrics import plan_metrics
 from evaluation.records import Record
+from evaluation.set_metric import SAMPLES
 from pipeline import storage
 from stages.config import to_dict
 from stages.errors import ConfigError
-from stages.options import SamplingOptions, SweepOptions
+from stages.options import EvaluationOptions, SamplingOptions, SweepOptions
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +57,17 @@ def sweep(options: EvaluateOptions, settings: SweepOptions) -> dict[str, Any]:
         metric, trials and confirmed (best first), and `config`: the path of the YAML file.
 
     Raises:
-        ConfigError: nothing to search, too many combinations, or a metric that says nothing. Else like `evaluate`.
+        ConfigError: nothing to search, too many combinations, too few samples, or a metric that says nothing. Else like `evaluate`.
     """
     found = list(combinations(options.sampling, settings))
-    check_sweep(found, settings)
-    # A training beside this may publish others meanwhile.
-    commit = resolve_checkpoint(options.checkpoint or "latest", options.run.path, SAMPLED_FROM)
-    options = dataclasses.replace(options, checkpoint=commit.path)
+    check_sweep(found, settings, options.evaluation)
+    metric = deciding_metric(settings, options.evaluation)
+    # The last part of the work is checked before the first. One checkpoint throughout: a training beside this may publish others.
+    options = dataclasses.replace(options, checkpoint=prepare(options).assignment.checkpoint_path)
     few = dataclasses.replace(options.evaluation, num_samples=settings.num_samples)
     trials = []
     for number, sampling in enumerate(found, 1):
-        trials.append(_try(dataclasses.replace(options, evaluation=few), sampling, settings.metric))
+        trials.append(_try(dataclasses.replace(options, evaluation=few), sampling, metric))
         logger.info("Combination %d of %d: %s", number, len(found), _line(trials[-1]))
     ranked = _best_first(trials)
     chosen = [trial.sampling for trial in ranked[: settings.num_confirmed]]
@@ -74,11 +75,11 @@ def sweep(options: EvaluateOptions, settings: SweepOptions) -> dict[str, Any]:
         chosen.append(options.sampling)
     seed = options.draws().seed + 1
     many = dataclasses.replace(options, seed=seed)
-    confirmed = _best_first([_try(many, sampling, settings.metric) for sampling in chosen])
+    confirmed = _best_first([_try(many, sampling, metric) for sampling in chosen])
     for trial in confirmed:
         logger.info("Confirmed: %s", _line(trial))
     return {
-        "metric": confirmed[0].metric,
+        "metric": metric,
         "trials": [trial.to_dict() for trial in ranked],
         "confirmed": [trial.to_dict() for trial in confirmed],
         "config": _write(options, confirmed),
@@ -98,8 +99,8 @@ def combinations(sampling: SamplingOptions, settings: SweepOptions) -> Iterator[
     yield from dict.fromkeys(dataclasses.replace(sampling, **change) for change in changes)
 
 
-def check_sweep(found: list[SamplingOptions], settings: SweepOptions) -> None:
-    """Refuses a search without alternatives, one that is too long, and a metric without a better direction."""
+def check_sweep(found: list[SamplingOptions], settings: SweepOptions, evaluation: EvaluationOptions) -> None:
+    """Refuses a search without alternatives, one that is too long, and one on too few samples for error bars."""
     if len(found) < 2:
         raise ConfigError(
             f"sweep has no list with another value, but a search needs one in {', '.join(SEARCHED)}. "
@@ -110,20 +111,32 @@ def check_sweep(found: list[SamplingOptions], settings: SweepOptions) -> None:
             f"sweep has {len(found)} combinations, but sweep.max_combinations is {settings.max_combinations}. Shorten its lists, or "
             "raise that."
         )
-    if settings.metric is not None and direction(settings.metric) == 0:
+    least = 2 * evaluation.num_blocks
+    if settings.num_samples < least:
         raise ConfigError(
-            f"sweep.metric is {settings.metric}, but neither higher nor lower values of it are better. Choose e.g. gfd."
+            f"sweep.num_samples is {settings.num_samples}, but the error bars need two per block of evaluation.num_blocks "
+            f"({evaluation.num_blocks}). Raise it to {least}."
         )
 
 
-def _try(options: EvaluateOptions, sampling: SamplingOptions, metric: str | None) -> Trial:
-    record = evaluate(dataclasses.replace(options, sampling=sampling))
-    name = metric or next((name for name in ("gfid", "gfd") if name in record.metrics), "gfd")
-    if name not in record.metrics:
+def deciding_metric(settings: SweepOptions, evaluation: EvaluationOptions) -> str:
+    """The value of a record that ranks the combinations: `sweep.metric`, or the distance of the samples.
+
+    Raises:
+        ConfigError: it is not measured, does not depend on how samples are drawn, or neither higher nor lower is better.
+    """
+    able = [name for name in plan_metrics(evaluation).values_of(SAMPLES) if direction(name)]
+    metric = settings.metric or next((name for name in ("gfid", "gfd") if name in able), None)
+    if metric not in able:
         raise ConfigError(
-            f"sweep.metric is {name}, but it is none of those measured. Choose one of: {', '.join(record.metrics)}."
+            f"sweep.metric is {metric or 'not set'}, but of what evaluation.metrics names, samples are better or worse by "
+            f"{', '.join(able) or 'nothing'}. Choose one of these, or add e.g. fd to evaluation.metrics."
         )
-    return Trial(sampling, record, name)
+    return metric
+
+
+def _try(options: EvaluateOptions, sampling: SamplingOptions, metric: str) -> Trial:
+    return Trial(sampling, evaluate(dataclasses.replace(options, sampling=sampling)), metric)
 
 
 def _best_first(trials: list[Trial]) -> list[Trial]:

@@ -305,6 +305,9 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(options, tmp_path
 def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
     with pytest.raises(ConfigError, match="evaluation.num_samples is 7, but .* Raise it to 8"):
         evaluate(with_evaluation(options, num_samples=7))
+    few = dataclasses.replace(options, source=dataclasses.replace(options.source, num_holdout_images=7))
+    with pytest.raises(ConfigError, match="source.name is scenes with 7 held-out images, but .* Hold out more"):
+        evaluate(few)
     with pytest.raises(ConfigError, match="evaluation.extractor is inception"):
         evaluate(with_evaluation(options, extractor="inception"))
     with pytest.raises(ConfigError, match="evaluation.metrics names fdi, but it must name some of: fd, fid"):

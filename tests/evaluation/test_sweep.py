@@ -6,10 +6,10 @@ import pytest
 from evaluation_support import write_job
 
 from evaluation.records import list_records, read_record
-from evaluation.sweep import check_sweep, combinations, sweep
+from evaluation.sweep import check_sweep, combinations, deciding_metric, sweep
 from stages.config import load_config
 from stages.errors import ConfigError
-from stages.options import SamplingOptions, SweepOptions
+from stages.options import EvaluationOptions, SamplingOptions, SweepOptions
 
 
 def tried(sampling=SamplingOptions(), **lists):
@@ -33,12 +33,48 @@ def test_without_guidance_schedules_are_one():
     [
         (SweepOptions(), "no list with another value"),
         (SweepOptions(temperature=(0.8, 0.9, 1.0), max_combinations=2), "3 combinations"),
-        (SweepOptions(temperature=(0.8, 0.9), metric="codebook_usage"), "sweep.metric is codebook_usage"),
+        (SweepOptions(temperature=(0.8, 0.9), num_samples=19), "sweep.num_samples is 19, but .* Raise it to 20"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
-        check_sweep(list(combinations(SamplingOptions(), settings)), settings)
+        check_sweep(list(combinations(SamplingOptions(), settings)), settings, EvaluationOptions())
+
+
+def deciding(metric, *metrics):
+    return deciding_metric(SweepOptions(metric=metric), EvaluationOptions(metrics=metrics))
+
+
+def test_the_distance_of_the_samples_decides_or_what_is_named():
+    assert deciding(None, "psnr", "kd", "fd") == "gfd"
+    assert deciding("recall", "fd", "precision_recall") == "recall"
+
+
+@pytest.mark.parametrize(
+    "metric, metrics",
+    [
+        ("gkd", ["fd"]),  # not measured
+        ("psnr", ["fd", "psnr"]),  # the same for every combination
+        ("gfd_holdout", ["fd"]),
+        ("nearest_training_distance", ["fd", "memorisation"]),  # neither way is better
+    ],
+)
+def test_a_metric_that_cannot_decide_is_refused(metric, metrics):
+    with pytest.raises(ConfigError, match=f"sweep.metric is {metric}, but .* samples are better or worse by gfd. Choose"):
+        deciding(metric, *metrics)
+
+
+def test_without_a_distance_a_metric_must_be_named():
+    with pytest.raises(ConfigError, match="sweep.metric is not set, but .* better or worse by precision, recall. Choose"):
+        deciding(None, "precision_recall", "psnr")
+
+
+def test_what_the_confirmation_lacks_is_refused_before_the_first_trial(tmp_path):
+    options = write_job(tmp_path)
+    options = dataclasses.replace(options, evaluation=dataclasses.replace(options.evaluation, num_samples=7))
+    with pytest.raises(ConfigError, match="evaluation.num_samples is 7, but .* Raise it to 8"):
+        sweep(options, SweepOptions(top_k=(1,), num_samples=16))
+    assert list_records(options.evaluation.path) == []
 
 
 @pytest.mark.ray

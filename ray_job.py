@@ -192,34 +192,35 @@ def run_reference(args: argparse.Namespace) -> Any:
     from evaluation.make_reference import make_references
     from evaluation.reference_job import ReferenceOptions
     from pipeline.job_options import select
-    from pipeline.storage import absolute
 
     options = select(ReferenceOptions, checked_config(args))
+    output = args.output and _reachable("--output", args.output)
     with connected():
-        return make_references(options, absolute(args.output) if args.output else None)
+        return make_references(options, output)
 
 
 def run_nightly(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from evaluation.evaluate import EvaluateOptions
     from evaluation.nightly import nightly
-    from pipeline.job_options import select
+    from pipeline.job_options import check_reachable_paths, select
 
     config = checked_config(args)
+    options = select(EvaluateOptions, config)
+    check_reachable_paths("nightly", config.nightly)
     with connected():
-        return nightly(select(EvaluateOptions, config), config.nightly)
+        return nightly(options, config.nightly)
 
 
 def run_inspect(args: argparse.Namespace) -> Any:
     from pipeline.inspect_codes import inspect_codes, render_inspection, write_pictures
-    from pipeline.storage import absolute
 
-    inspection = inspect_codes(absolute(args.path))
+    path = _reachable("PATH", args.path)
+    tokenizer = args.tokenizer and _reachable("--tokenizer", args.tokenizer)
+    output = args.output and _reachable("--output", args.output)
+    inspection = inspect_codes(path)
     print(render_inspection(inspection))
-    files = []
-    if args.output:
-        tokenizer = args.tokenizer and absolute(args.tokenizer)
-        files = write_pictures(inspection, tokenizer, absolute(args.output))
+    files = write_pictures(inspection, tokenizer, output) if output else []
     return {**inspection.to_summary(), "files": files}
 
 
@@ -240,10 +241,10 @@ def _verdict(path: str, problems: list[str]) -> dict[str, Any]:
 def run_demo(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
     from evaluation.demo import DEMO_OBJECT_STORE_BYTES, demo
-    from pipeline.storage import absolute
 
+    output = _reachable("--output", args.output)
     with connected(object_store_bytes=DEMO_OBJECT_STORE_BYTES):
-        return demo(absolute(args.output), args.source)
+        return demo(output, args.source)
 
 
 def run_submit(args: argparse.Namespace) -> Any:
@@ -257,10 +258,10 @@ def run_submit(args: argparse.Namespace) -> Any:
             if not words
             else f"The command is {words[0]}, but --follow names a job that is there already. Leave one of them out."
         )
-    use_cluster(args.address)
+    address = use_cluster(args.address)  # first: checking the command imports Ray
     return submit(
         SubmitOptions(
-            address=args.address,
+            address=address,
             words=check_command(words, parse(build_parser(), words)) if words else (),
             job_id=args.job_id,
             follow=args.follow,

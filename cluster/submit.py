@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cluster.job_client import connect, explained, follow, use_cluster
+from cluster.job_client import connect, explained, follow
 from pipeline import storage
 from pipeline.job_options import section_paths
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
-from stages.options import NightlyOptions
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -36,7 +35,7 @@ PYTHON_MISSING = 127  # the same for a command that is not there
 
 # Which sections of a configuration a command takes paths from.
 SECTIONS = {
-    "plan": ("source",),
+    "plan": ("source", "tokenizer"),
     "train-tokenizer": ("source", "tokenizer", "tokenizer_train"),
     "tokenize": ("source", "tokenizer", "codes"),
     "train": ("run", "tokenizer", "codes", "conditioning", "train"),
@@ -67,7 +66,7 @@ class SubmitOptions:
     """How a command is run as a Ray job.
 
     Attributes:
-        address: of the head's dashboard, e.g. http://head:8265.
+        address: of the head's dashboard, from `cluster.job_client.use_cluster`.
         words: a command of ray_job.py and its arguments; none with `follow`.
         job_id: name of the job; one is made up if not given.
         follow: name of a job to follow instead of submitting one.
@@ -76,7 +75,7 @@ class SubmitOptions:
         retry_seconds: how long a head may be silent while it is followed.
     """
 
-    address: str | None
+    address: str
     words: tuple[str, ...] = ()
     job_id: str | None = None
     follow: str | None = None
@@ -92,16 +91,16 @@ def submit(options: SubmitOptions) -> dict[str, Any]:
         job, status, and exit_code: the driver's (128 + signal if one ended it), None if that is not waited for.
 
     Raises:
-        ConfigError: the address, the name or the checkout cannot be used.
+        ConfigError: the name or the checkout cannot be used.
         TesseraError: no way to the head, or none any more.
     """
-    address = use_cluster(options.address)
     if options.job_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", options.job_id):
         raise ConfigError(
             f"--job-id is {options.job_id!r}, but it must be letters, digits, `-`, `_` and `.`. Choose another."
         )
     if options.follow and not options.wait:
         raise ConfigError(f"--no-wait is given, but --follow {options.follow} waits. Leave one of them out.")
+    address = options.address
     client = connect(address)
     job = options.follow or _start(client, address, options)
     mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
@@ -215,7 +214,7 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
         config_paths = parsed.config
         config = load_config(config_paths, parsed.overrides)
         for section in SECTIONS[parsed.command]:
-            paths |= _section_paths(section, getattr(config, section))
+            paths |= {f"{section}.{key}": path for key, path in section_paths(getattr(config, section)).items()}
     elif isinstance(getattr(parsed, "config", None), str):  # the project file of a checkpoint
         paths["--config"] = parsed.config
     check_paths(paths)
@@ -224,12 +223,6 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
         f"{flag}{path}": f"{flag}{there}" for path, there in inside.items() for flag in ("", "-c", "--config=")
     }
     return tuple(spellings.get(word, word) for word in words)
-
-
-def _section_paths(section: str, options: Any) -> dict[str, str]:
-    found = {f"{section}.{name}": path for name, path in section_paths(options).items()}
-    runs = options.runs if isinstance(options, NightlyOptions) else ()
-    return found | {f"{section}.runs[{i}]": path for i, path in enumerate(runs)}
 
 
 def check_paths(paths: Mapping[str, str]) -> None:

@@ -58,9 +58,10 @@ def check_reachable_paths(name: str, section: Any) -> None:
 
 
 def section_paths(section: Any) -> dict[str, str]:
-    """The paths that a section of the configuration names, by key; those in lists of NAME=PATH by key[NAME]."""
+    """The paths that a section of the configuration names, by key; those in lists of NAME=PATH by key[NAME], in plain lists by key[i]."""
     entries = [(key, *entry.partition("=")) for key in MAP_KEYS for entry in getattr(section, key, ())]
-    return _plain_paths(section) | {f"{key}[{name}]": path for key, name, _, path in entries if path}
+    runs = {f"runs[{i}]": path for i, path in enumerate(getattr(section, "runs", ()))}
+    return _plain_paths(section) | {f"{key}[{name}]": path for key, name, _, path in entries if path} | runs
 
 
 def _plain_paths(section: Any) -> dict[str, str]:

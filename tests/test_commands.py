@@ -236,6 +236,24 @@ def test_plan_names_maps_in_a_store_that_is_not_there(s3, capsys, tmp_path):
     assert code == 1 and "source.label_maps[segmentation] is s3://no-such-bucket/labels, but" in err
 
 
+@pytest.mark.parametrize(
+    "arguments, key",
+    [
+        (["reference", "-c", "{config}", "--output", "{missing}"], "--output"),
+        (["nightly", "-c", "{config}", "nightly.runs=[{missing}]"], "nightly.runs[0]"),
+        (["inspect", "{missing}"], "PATH"),
+        (["inspect", "{folder}/codes", "--output", "{missing}"], "--output"),
+        (["inspect", "{folder}/codes", "--output", "{folder}/out", "--tokenizer", "{missing}"], "--tokenizer"),
+        (["demo", "--output", "{missing}"], "--output"),
+    ],
+)
+def test_a_store_that_is_not_there_is_named_before_any_work(s3, capsys, tmp_path, arguments, key):
+    given = {"config": write_config(str(tmp_path)), "folder": tmp_path, "missing": "s3://no-such-bucket/folder"}
+    code, _, err = run(capsys, *[text.format(**given) for text in arguments])
+    assert code == 1 and f"error: {key} is s3://no-such-bucket/folder, but" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_plan_prints_what_follows_and_touches_nothing(capsys, tmp_path):
     config = write_config(str(tmp_path))
     code, plan, _ = run(capsys, "plan", "-c", config, "scaling.num_workers=2", "--json")

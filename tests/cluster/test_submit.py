@@ -144,7 +144,7 @@ class TestJobs:
         jobs = {
             1: (["--", "verify", root], ["problem(s)", "exit code 1"]),
             2: (
-                ["--", "plan", "-c", "configs/demo.yaml", "tokenizer.codebook_size=100000"],
+                ["--", "plan", "-c", "configs/demo.yaml", "tokenizer.path=/none", "tokenizer.codebook_size=100000"],
                 ["codebook_size is 100000"],
             ),
             127: (["--python", "/no/such/python", "--", "verify", "/tmp"], ["--python is /no/such/python"]),
@@ -342,6 +342,7 @@ def parsed(*words: str) -> argparse.Namespace:
         (["import-tokenizer", "s3://b/f.ckpt", "--output", "s3://b/t", "--config", "my.yaml"], "--config is my.yaml"),
         (["evaluate", "-c", "configs/demo.yaml", "--tokenizer"], "run.path is demo_output/run"),
         (["submit", "--", "plan", "-c", "configs/demo.yaml"], "The command is submit"),
+        (["plan", "-c", "configs/demo.yaml"], "tokenizer.path is demo_output/tokenizer"),
         (["plan", "-c", "/etc/hostname.yaml"], "-c is /etc/hostname.yaml"),
         (["plan", "-c", "configs/demo.yaml", "train.no_such_key=1"], "train.no_such_key"),
     ],
@@ -358,7 +359,7 @@ def test_a_configuration_outside_the_checkout_or_left_out_is_refused(monkeypatch
     monkeypatch.setattr(submit, "CHECKOUT", tmp_path / "checkout")
     for name in ("checkout/runs/my.yaml", "checkout/my.yaml", "my.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("run: {seed: 1}")
+        (tmp_path / name).write_text("tokenizer: {path: /t}")
     shutil.copy(ROOT / ".rayignore", tmp_path / "checkout")
     for name in ("my.yaml", "checkout/runs/my.yaml"):
         with pytest.raises(ConfigError, match=f"-c is {name}, but only what .rayignore lets through"):

@@ -264,12 +264,19 @@ def resolve_checkpoint(checkpoint: str, run_path: str, names: Collection[str] | 
         if commit is None:
             raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
         return commit
-    commit = open_commit(checkpoint.rstrip("/"))
+    return open_verified(checkpoint, names)
+
+
+def open_verified(folder: str, names: Collection[str] | None = None) -> Commit:
+    """The commit of a checkpoint folder, once its files verify, or those of certain names.
+
+    Raises:
+        ArtefactError: there is none, or its files do not verify.
+    """
+    commit = open_commit(folder.rstrip("/"))
     problems = commit_problems(commit, names)
     if problems:
-        raise ArtefactError(
-            f"checkpoint is {checkpoint}, but it is damaged: {'; '.join(problems)}. Use another checkpoint."
-        )
+        raise ArtefactError(f"checkpoint is {folder}, but it is damaged: {'; '.join(problems)}. Use another checkpoint.")
     return commit
 
 

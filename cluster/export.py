@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster import checkpoints
-from cluster.checkpoints import AVERAGES, WEIGHTS
+from cluster.checkpoints import AVERAGES, SAMPLED_FROM, WEIGHTS
 from cluster.sampler_actor import load_weights
 from pipeline import storage
 from stages.config import build
@@ -45,7 +45,7 @@ def export(checkpoint: str, output: str, *, which: str, dtype: str) -> ExportSum
     Raises:
         ArtefactError: no checkpoint, a damaged one, or an output that holds other weights already.
     """
-    commit = checkpoints.resolve_checkpoint(checkpoint, run_path="")
+    commit = checkpoints.open_verified(checkpoint, SAMPLED_FROM)
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in load_weights(commit, which).items()}
     description = {
         "transformer": commit.content["transformer"],
@@ -78,7 +78,7 @@ def export_transformer(checkpoint: str, output: str, *, format: str, which: str)
         ConfigError: a transformer that the other project's code does not build; it names the option.
         ArtefactError: no checkpoint, a damaged one, or an output that holds something else already.
     """
-    commit = checkpoints.resolve_checkpoint(checkpoint, run_path="")
+    commit = checkpoints.open_verified(checkpoint, SAMPLED_FROM)
     config = build(TransformerConfig, commit.content["transformer"])
     weights = load_weights(commit, which)
     with tempfile.TemporaryDirectory(prefix="tessera-export-") as folder:

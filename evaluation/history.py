@@ -37,7 +37,7 @@ def write_report(
     records = list_records(options.evaluation.path)
     write_rows(options.evaluation.path, records)
     links = _links(records, page_path)
-    commit = checkpoints.latest_commit(options.run.path, checkpoints.SAMPLED_FROM)
+    commit = checkpoints.newest_commit(options.run.path)
     headline = choose_headline(records, options, commit)
     data = ReportData(
         title=title,

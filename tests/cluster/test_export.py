@@ -18,7 +18,7 @@ from train_support import RECIPE, options_for, train
 import ray_job
 from cluster import checkpoints
 from cluster.checkpoints import AVERAGES, WEIGHTS
-from cluster.export import export_transformer
+from cluster.export import export, export_transformer
 from cluster.import_run import ImportTransformerOptions, import_transformer
 from cluster.sampler_actor import SamplerActor, load_transformer
 from pipeline import storage
@@ -90,6 +90,22 @@ def test_averaged_weights_are_taken_where_there_are_any(published, tmp_path):
         before, after = (next(iter(torch.load(path, weights_only=True).values())) for path in (published[1], file))
         norm = "transformer.ln_f.weight" if format == "compvis" else "norm.weight"
         assert torch.equal(after[norm], factor * before[norm])
+
+
+def test_an_export_reads_the_weights_alone(published, tmp_path):
+    format, _, summary = published
+    commit = checkpoints.open_commit(summary.checkpoint)
+    shutil.copytree(summary.checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns(checkpoints.COMMIT))
+    optimizer = {"path": "deepspeed/optimizer.pt", "bytes": 1 << 40, "xxh3_128": "0" * 32}  # of a file that is not there
+    files = [*commit.content["files"], optimizer]
+    checkpoint = checkpoints.write_commit(str(tmp_path / "copy"), {**commit.content, "files": files}).path
+    export_transformer(checkpoint, str(tmp_path / "theirs"), format=format, which="last")
+    exported = export(checkpoint, str(tmp_path / "ours"), which="last", dtype="fp32")
+    assert load_file(exported.weights).keys() == load_file(os.path.join(checkpoint, WEIGHTS)).keys()
+    with open(os.path.join(checkpoint, WEIGHTS), "ab") as file:
+        file.write(b"0")
+    with pytest.raises(ArtefactError, match="damaged"):
+        export(checkpoint, str(tmp_path / "damaged"), which="last", dtype="fp32")
 
 
 def test_an_export_is_repeated_but_overwrites_nothing(published, tmp_path):

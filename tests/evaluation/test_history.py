@@ -3,11 +3,11 @@
 import pytest
 from report_support import record
 
-from cluster.checkpoints import Commit
-from evaluation.history import choose_headline
+from cluster.checkpoints import WEIGHTS, Commit, checkpoint_path, write_commit
+from evaluation.history import choose_headline, write_report
 from evaluation.prepare import EvaluateOptions, recorded_sampling
 from stages.config import select_sections
-from stages.options import Config, RunOptions, SamplingOptions
+from stages.options import Config, EvaluationOptions, RunOptions, SamplingOptions, TokenizerOptions
 
 OPTIONS = select_sections(EvaluateOptions, Config(run=RunOptions(path="/runs/a")))
 AS_CONFIGURED = recorded_sampling(SamplingOptions())
@@ -41,3 +41,18 @@ def test_a_tokenizer_heads_the_page_of_a_run_only_if_there_is_no_commit():
 
 def test_without_records_nothing_heads_the_page():
     assert choose_headline([], OPTIONS, COMMIT) is None
+
+
+def test_the_page_reads_no_weights(tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("run", "evaluation", "tokenizer")}
+    entry = {"path": WEIGHTS, "bytes": 1 << 40, "xxh3_128": "0" * 32}  # of a file that is not there
+    content = {"step": 4321, "train_loss": 2.345, "log": [], "files": [entry]}
+    write_commit(checkpoint_path(paths["run"], 4321, "attempt"), content)
+    config = Config(
+        run=RunOptions(path=paths["run"]),
+        evaluation=EvaluationOptions(path=paths["evaluation"]),
+        tokenizer=TokenizerOptions(path=paths["tokenizer"]),
+    )
+    write_report(select_sections(EvaluateOptions, config), str(tmp_path / "report.html"), "A run")
+    page = (tmp_path / "report.html").read_text()
+    assert "4,321" in page and "2.345 nats per code" in page

@@ -74,7 +74,6 @@ class SamplerActor:
         checkpoint_path: a committed checkpoint.
         tokenizer_path: the tokenizer whose codes it was trained on.
         sampling: how codes are drawn.
-        num_threads: torch threads; results are promised equal for equal numbers of threads.
         conditions_path: code dataset of the conditions that a checkpoint conditioned on codes draws for.
 
     Raises:
@@ -88,11 +87,10 @@ class SamplerActor:
         checkpoint_path: str,
         tokenizer_path: str,
         sampling: SamplingOptions,
-        num_threads: int = 1,
         conditions_path: str | None = None,
     ):
         keep_freed_memory()
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(1)  # sums over more round otherwise, and a code may become another
         commit = checkpoints.open_commit(checkpoint_path)
         self.conditions = open_sampled_conditions(commit, conditions_path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

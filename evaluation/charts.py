@@ -26,7 +26,7 @@ class Series:
         x, y: coordinates; points that are not finite are left out.
         error: half length of the bar at each point, None for no bar; empty for none at all.
         joined: whether a line joins the points.
-        colour: index of one of the page's chart colours, 0 to 2.
+        colour: index of one of the page's chart colours.
     """
 
     label: str
@@ -95,16 +95,13 @@ def log_axis(low: float, high: float) -> Axis:
     return Axis(lower, upper, tuple(v for v in values if lower <= v <= upper), log=True)
 
 
-def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, log_y: bool = False, from_zero: bool = False
-) -> str:
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, log_y: bool = False) -> str:
     """Lines or points over a common axis, as one <svg> element.
 
     Args:
         title: what the chart shows, for screen readers.
         x_label: text under the x axis.
         log_y: logarithmic y axis; all values must be positive.
-        from_zero: the y axis includes zero.
     """
     drawn = [(s, _points(s)) for s in series]
     points = [point for _, part in drawn for point in part]
@@ -115,7 +112,7 @@ def line_chart(
     if log_y:
         y_axis = log_axis(min(p[1] for p in points), max(highs))
     else:
-        y_axis = linear_axis(min(lows + [0.0]) if from_zero else min(lows), max(highs), snap=True)
+        y_axis = linear_axis(min(lows), max(highs), snap=True)
     frame = [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, anchor="middle"), *_grid(x_axis, y_axis)]
     marks = [mark for s, part in drawn for mark in _marks(s, part, x_axis, y_axis)]
     rows = _legend_rows([s for s in series if s.label])

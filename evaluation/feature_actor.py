@@ -35,8 +35,7 @@ VIEW = "center"
 
 
 class FeatureActor:
-    """Extractors and tokenizer, loaded once. Results do not depend on which actor computes them (fp32, CPU, equal
-    `num_threads`).
+    """Extractors and tokenizer, loaded once. Results do not depend on which actor computes them (fp32, CPU).
 
     Args:
         source: where real images are read from.
@@ -44,7 +43,6 @@ class FeatureActor:
         evaluation: how extractors are opened.
         plan: which of their outputs are needed.
         tokenizer: the tokenizer that reconstructs, and what of the images; None where nothing is reconstructed.
-        num_threads: torch threads.
     """
 
     def __init__(
@@ -54,10 +52,9 @@ class FeatureActor:
         evaluation: EvaluationOptions,
         plan: MetricPlan,
         tokenizer: TokenizerOptions | None,
-        num_threads: int = 1,
     ):
         keep_freed_memory()
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(1)  # sums over more round otherwise
         self.source = source
         self.images = images
         self.options = tokenizer or TokenizerOptions()

@@ -25,7 +25,10 @@ class EvaluationOptions:
         32, "Images per work item, rounded up to whole sampling groups; no number depends on it.", low=1
     )
     cpus_per_actor: float | None = option(
-        None, "CPUs that Ray reserves per actor; one, or an equal share of fewer, if not given.", above=0.0
+        None,
+        "CPUs that Ray reserves per actor; one, or an equal share of fewer, if not given. An actor computes on one thread, because more "
+        "round otherwise: what is faster is more actors.",
+        above=0.0,
     )
     gpus_per_actor: float | None = option(
         None, "GPUs per actor, a share of one or whole ones; one, or an equal share of fewer, if not given.", low=0.0

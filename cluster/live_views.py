@@ -131,14 +131,15 @@ class RayMetrics(LiveView):
 
         keys = ("run",)
         self._gauges = {
-            field: tagged(Gauge(f"tessera_train_{name}", description=text, tag_keys=keys))
-            for field, name, text in [
-                ("step", "step", "Steps done."),
-                ("loss", "loss", "Loss of the last step, in nats per code."),
-                ("grad_norm", "grad_norm", "Gradient norm of the last step, before clipping."),
-                ("learning_rate", "learning_rate", "Learning rate of the last step."),
-                ("codes_per_second", "tokens_per_second", "Codes that the last step trained on, per second."),
-                ("mfu", "mfu", "Model FLOP/s of the last step as a share of the peak of all its devices."),
+            name: tagged(Gauge(f"tessera_train_{name}", description=text, tag_keys=keys))
+            for name, text in [
+                ("step", "Steps done."),
+                ("loss", "Loss of the last step: of a transformer in nats per code."),
+                ("grad_norm", "Gradient norm of the last step, before clipping."),
+                ("learning_rate", "Learning rate of the last step."),
+                ("codes_per_second", "Codes that the last step of a transformer trained on, per second."),
+                ("images_per_second", "Images that the last step of a tokenizer trained on, per second."),
+                ("mfu", "Model FLOP/s of the last step as a share of the peak of all its devices."),
             ]
         }
         self._counters = {
@@ -165,9 +166,9 @@ class RayMetrics(LiveView):
 
     def step(self, line: dict[str, Any]) -> None:
         shown = {**line, "step": line["step"] + 1}
-        for field, gauge in self._gauges.items():
-            if math.isfinite(shown.get(field, math.nan)):
-                gauge.set(shown[field])
+        for name, gauge in self._gauges.items():
+            if math.isfinite(shown.get(name, math.nan)):
+                gauge.set(shown[name])
         self._counters["steps_total"].inc()
         for part, seconds in line["part_seconds"].items():
             if seconds > 0:

@@ -273,11 +273,11 @@ def scraped(prefix, tag):
 
 @pytest.mark.ray
 def test_prometheus_sees_a_run_and_the_dashboard_asks_for_what_is_there(ray_cluster, tmp_path):
-    run = str(tmp_path / "run")
+    run, tokenizer = str(tmp_path / "run"), str(tmp_path / "tokenizer")
 
     @ray.remote(num_cpus=0.1)
     class Worker:  # takes plain values only: a worker cannot import this module
-        def train(self, records, seconds, settings):
+        def train(self, run, records, seconds, settings):
             from cluster.train_metrics import TrainMetrics
 
             metrics = TrainMetrics(run, "a", is_writer=True, **settings)
@@ -287,9 +287,10 @@ def test_prometheus_sees_a_run_and_the_dashboard_asks_for_what_is_there(ray_clus
             metrics.commit(4)
             metrics.rollback(4)
 
-    worker = Worker.remote()
+    workers = [Worker.remote(), Worker.remote()]
     records = [record(step, grad_norm=0.5 if step == 3 else math.nan) for step in range(4)]
-    ray.get(worker.train.remote(records, SECONDS, SETTINGS))
+    jobs = {run: SETTINGS, tokenizer: {**SETTINGS, "unit": "images"}}
+    ray.get([worker.train.remote(path, records, SECONDS, jobs[path]) for worker, path in zip(workers, jobs, strict=True)])
     tag = f'run="{run}"'
     found = until(lambda: scraped("ray_tessera_train_", tag))
     expected = {
@@ -297,7 +298,7 @@ def test_prometheus_sees_a_run_and_the_dashboard_asks_for_what_is_there(ray_clus
         "loss": 4.0,
         "grad_norm": 0.5,
         "learning_rate": 1e-3,
-        "tokens_per_second": 200.0,
+        "codes_per_second": 200.0,
         "mfu": 0.5,
         "steps_total": 4.0,
         "commits_total": 2.0,
@@ -306,12 +307,14 @@ def test_prometheus_sees_a_run_and_the_dashboard_asks_for_what_is_there(ray_clus
     assert {name: found[f"ray_tessera_train_{name}", tag] for name in expected} == expected
     parts = {part: found["ray_tessera_train_step_seconds_total", f'part="{part}"', tag] for part in SECONDS}
     assert parts == {part: 4 * seconds for part, seconds in SECONDS.items()}
+    images = until(lambda: scraped("ray_tessera_train_images", f'run="{tokenizer}"'))
+    assert list(images.values()) == [200.0]
     dashboard = json.loads((CLUSTER / "grafana" / "training.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queries += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     asked = set(re.findall(r"\bray_\w+", " ".join(queries)))
     assert all(re.search(r"\bray_\w+", query) for query in queries)
-    assert asked == {name for name, *_ in found}
+    assert asked == {name for name, *_ in [*found, *images]}
 
 
 def test_prometheus_looks_where_ray_lists_its_nodes():

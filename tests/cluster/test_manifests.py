@@ -13,6 +13,7 @@ import yaml
 
 import ray_job
 from cluster import submit
+from cluster.runtime import START_TIMEOUT
 from stages import __version__
 from stages.config import load_config
 
@@ -76,6 +77,11 @@ def test_commands_parse_and_work_on_a_cluster(words, monkeypatch):
     assert submit.check_command(words, args) == tuple(words), "paths are shared, the configuration travels"
     if hasattr(args, "config"):
         load_config(args.config, args.overrides)
+
+
+@pytest.mark.parametrize("path", [*KUBERAY, AWS], ids=lambda path: path.name)
+def test_a_run_on_a_range_of_workers_shrinks_as_soon_as_the_page_says(path):
+    assert START_TIMEOUT not in path.read_text(), "which would outlast the minute of operations.md"
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)

@@ -20,7 +20,7 @@ from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, check_metrics_fit, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.reference import choose_images, images_identity
-from evaluation.reference_job import PreparedReferences, ReferenceOptions, prepare_references
+from evaluation.references import PreparedReferences, ReferenceOptions, prepare_references
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset

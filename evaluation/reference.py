@@ -4,7 +4,7 @@ One .npz per output of an extractor under `<evaluation.path>/reference/`: n, mea
 the images and which ones these are, and a description; beside them mu and sigma, so that readers of the pytorch-fid
 layout can use it as it is.
 Files of pytorch-fid (mu, sigma) and ADM (mu, sigma, mu_s, sigma_s) are read by `read_statistics` and written by
-`evaluation.make_reference`.
+`evaluation.reference_job`.
 """
 
 import hashlib

@@ -23,11 +23,11 @@ from evaluation.actor import EvaluationActor, Measurement
 from evaluation.estimates import Estimate
 from evaluation.evaluate import EvaluateOptions, evaluate, prepare, verify_record
 from evaluation.feature_actor import read_view
-from evaluation.make_reference import make_references
 from evaluation.prepare import open_training_codes
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
-from evaluation.reference_job import ReferenceOptions
+from evaluation.reference_job import make_references
+from evaluation.references import ReferenceOptions
 from evaluation.resources import reserved
 from pipeline.code_dataset import CodeDataset
 from pipeline.sources import open_source

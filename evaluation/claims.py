@@ -19,15 +19,15 @@ from stages.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-RENEWALS_PER_LEASE = 5
+NUM_RENEWALS = 5  # within claim_seconds
 
 
 class Claim:
     """A claim that is held; renewed by a thread until `release`. From `take_claim`."""
 
-    def __init__(self, path: str, lease_seconds: float):
+    def __init__(self, path: str, claim_seconds: float):
         self._path = path
-        self._interval = lease_seconds / RENEWALS_PER_LEASE
+        self._interval = claim_seconds / NUM_RENEWALS
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -46,29 +46,29 @@ class Claim:
                 logger.warning("%s could not be renewed: %s", self._path, error)
 
 
-def take_claim(folder: str, identifier: str, lease_seconds: float) -> Claim | None:
+def take_claim(folder: str, identifier: str, claim_seconds: float) -> Claim | None:
     """The claim on a piece of work, or None while another process holds it.
 
     Args:
         folder: of all claims.
         identifier: of the work.
-        lease_seconds: how long a claim counts that is not renewed. The clocks of all machines must agree to within it.
+        claim_seconds: how long a claim counts that is not renewed. The clocks of all machines must agree to within it.
     """
     chain = storage.list_files(storage.join(folder, identifier), suffix=".json")
-    if chain and is_live(chain[-1], lease_seconds):
+    if chain and is_live(chain[-1], claim_seconds):
         return None
     number = int(os.path.basename(chain[-1]).removesuffix(".json")) + 1 if chain else 0
     path = storage.join(folder, identifier, f"{number:06d}.json")
-    return Claim(path, lease_seconds) if storage.put_if_absent(path, _content()) else None
+    return Claim(path, claim_seconds) if storage.put_if_absent(path, _content()) else None
 
 
-def is_live(path: str, lease_seconds: float) -> bool:
+def is_live(path: str, claim_seconds: float) -> bool:
     """Whether the claim in a file still counts."""
     try:
         content = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         return False
-    return not content["is_released"] and time.time() - content["renewed_at"] < lease_seconds
+    return not content["is_released"] and time.time() - content["renewed_at"] < claim_seconds
 
 
 def _content(is_released: bool = False) -> bytes:

@@ -102,9 +102,9 @@ def _noting_failure(night: Night, name: str) -> Iterator[None]:
 class _Claims:
     """The claims of one night, given back at its end."""
 
-    def __init__(self, evaluation_path: str, lease_seconds: float):
+    def __init__(self, evaluation_path: str, claim_seconds: float):
         self._folder = storage.join(evaluation_path, "claims")
-        self._lease_seconds = lease_seconds
+        self._claim_seconds = claim_seconds
         self._held: dict[str, Claim] = {}
 
     def __enter__(self) -> "_Claims":
@@ -120,7 +120,7 @@ class _Claims:
     def take(self, identifier: str) -> bool:
         """Whether the work is ours."""
         if identifier not in self._held:
-            claim = take_claim(self._folder, identifier, self._lease_seconds)
+            claim = take_claim(self._folder, identifier, self._claim_seconds)
             if claim is None:
                 return False
             self._held[identifier] = claim

@@ -51,7 +51,7 @@ def test_the_claim_of_a_dead_process_runs_out(tmp_path):
     child.join()
     assert take_claim(str(tmp_path), "a", LONG) is None
     time.sleep(0.3)
-    claim = take_claim(str(tmp_path), "a", lease_seconds=0.2)
+    claim = take_claim(str(tmp_path), "a", claim_seconds=0.2)
     assert claim is not None
     claim.release()
 

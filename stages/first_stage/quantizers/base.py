@@ -81,7 +81,7 @@ class Quantizer(nn.Module):
         """Takes from the training options what concerns this kind. Called once, before training."""
 
     def advance(self, num_seen: int) -> None:
-        """Schedules, and the noise of the step after `num_seen` images. Called before every training step."""
+        """Schedules, for the step after `num_seen` images. Called before every training step."""
 
     def start(self, vectors_ND: Tensor) -> None:
         """Places the entries on the encoder's first vectors; does nothing where there are no entries to place.

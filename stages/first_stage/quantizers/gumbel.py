@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from stages.first_stage.quantizers.base import Quantized, Quantizer, to_map, to_vectors
 from stages.first_stage.quantizers.nearest import DISTANCES_AT_ONCE
-from stages.first_stage.quantizers.ranks import rank
-from stages.hashing import hash64
 from stages.options import TokenizerTrainOptions
 
 
@@ -21,7 +19,6 @@ class GumbelQuantizer(Quantizer):
 
     Attributes:
         temperature: of the relaxation.
-        noise_seed: the noise is a function of it and of the features' shape; of torch's global generator if None.
     """
 
     draws = True
@@ -31,7 +28,6 @@ class GumbelQuantizer(Quantizer):
         self.proj = nn.Conv2d(codebook_dim, codebook_size, 1)
         self.embed = nn.Embedding(codebook_size, codebook_dim)
         self.temperature = temperature
-        self.noise_seed: int | None = None
         self._schedule = (temperature, temperature, 1)
 
     def configure(self, options: TokenizerTrainOptions) -> None:
@@ -41,7 +37,6 @@ class GumbelQuantizer(Quantizer):
         first, last, num_samples = self._schedule
         share = min(1.0, num_seen / num_samples)
         self.temperature = last + 0.5 * (first - last) * (1.0 + math.cos(math.pi * share))
-        self.noise_seed = int(hash64(num_seen, rank())[0] >> 1)
 
     def assign(self, vectors_ND: Tensor) -> Tensor:
         weight_KD, bias_K = self.proj.weight.float().flatten(1), self.proj.bias
@@ -56,7 +51,7 @@ class GumbelQuantizer(Quantizer):
 
     def quantize(self, z_BDHW: Tensor) -> Quantized:
         logits_BKHW = self.proj(z_BDHW)
-        noisy_BKHW = (logits_BKHW + self._noise(logits_BKHW)) / self.temperature if self.training else logits_BKHW
+        noisy_BKHW = (logits_BKHW + _noise_like(logits_BKHW)) / self.temperature if self.training else logits_BKHW
         codes_BHW = noisy_BKHW.argmax(1)
         soft_BKHW = noisy_BKHW.softmax(1)
         hard_BKHW = torch.zeros_like(soft_BKHW).scatter_(1, codes_BHW[:, None], 1.0)
@@ -74,8 +69,7 @@ class GumbelQuantizer(Quantizer):
     def stored(self) -> tuple[str, dict[str, Tensor]]:
         return "gumbel", dict(self.state_dict())
 
-    def _noise(self, logits_BKHW: Tensor) -> Tensor:
-        generator = None
-        if self.noise_seed is not None:
-            generator = torch.Generator(logits_BKHW.device).manual_seed(self.noise_seed)
-        return -torch.empty_like(logits_BKHW).exponential_(generator=generator).log()
+
+def _noise_like(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise."""
+    return -torch.empty_like(logits).exponential_().log()

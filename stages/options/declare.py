@@ -11,9 +11,10 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above` exclusive)."""
-    metadata = {"text": text, "low": low, "high": high, "above": above}
+    """A dataclass field with its documentation and its bounds (`low`/`high` inclusive, `above`/`below` exclusive)."""
+    metadata = {"text": text, "low": low, "high": high, "above": above, "below": below}
     if isinstance(default, dict | list):
         raise TypeError("option defaults are immutable: use a tuple")
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)

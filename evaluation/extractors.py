@@ -6,7 +6,6 @@ There is no fallback to random weights: what cannot be loaded is an error.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from evaluation.resizes import RESIZES
 from evaluation.weights import PretrainedFile, load_pretrained, weights_fingerprint
 from stages.errors import ArtefactError, ConfigError
 from stages.options import EvaluationOptions
+from stages.registry import import_named
 
 EXTRACTORS: dict[str, str] = {
     "efficientnet-lite0": "evaluation.extractors:EfficientNetLite0",
@@ -61,17 +61,7 @@ class Extractor(Protocol):
 
 def extractor_class(name: str) -> Any:
     """The class of the extractor of that name, or of `package.module:Class`. Raises ConfigError: there is none."""
-    module, separator, cls = EXTRACTORS.get(name, name).partition(":")
-    try:
-        if not separator:
-            raise ImportError(name)
-        return getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
-        allowed = ", ".join(sorted(EXTRACTORS))
-        raise ConfigError(
-            f"evaluation.extractor is {name}, but it must be one of: {allowed}; or package.module:Class. "
-            f"Choose one of these ({error})."
-        ) from error
+    return import_named("evaluation.extractor", name, EXTRACTORS)
 
 
 def open_extractor(name: str, options: EvaluationOptions) -> Extractor:

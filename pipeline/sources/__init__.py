@@ -1,12 +1,12 @@
 """Where images come from: the contract, the registry, and one module per source."""
 
-import importlib
 from collections.abc import Collection
 
 from pipeline.sources.contract import Example, Source, listing
 from pipeline.sources.map_files import MAP_KEYS, with_maps
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
+from stages.registry import import_named
 
 __all__ = ["SOURCES", "Example", "Source", "listing", "open_source"]
 
@@ -36,16 +36,4 @@ def open_source(options: SourceOptions, images: ImageOptions, maps: Collection[s
                 raise ConfigError(
                     f"source.{key} is {list(getattr(options, key))}, but only {' and '.join(WITH_MAPS)} read maps. Leave it out."
                 )
-    module, colon, attribute = SOURCES.get(options.name, options.name).partition(":")
-    if not colon:
-        raise ConfigError(
-            f"source.name is {options.name}, but it must be one of: {', '.join(sorted(SOURCES))}; "
-            f"or package.module:Class. Choose one."
-        )
-    try:
-        source_class = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"source.name is {options.name}, but it cannot be imported ({error}). Correct the name, or the Python path."
-        ) from error
-    return source_class(with_maps(options, maps), images)
+    return import_named("source.name", options.name, SOURCES)(with_maps(options, maps), images)

@@ -45,10 +45,10 @@ class ConditioningOptions:
     """What precedes the codes."""
 
     name: str = option(
-        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, codes, or `package.module:Class`."
+        "class", "A name from stages.second_stage.conditioning.CONDITIONINGS, or `package.module:Class`."
     )
     num_tokens: int | None = option(
-        None, "Condition tokens per image; those of the code dataset of conditions, or 1, if not given.", low=1
+        None, "With name codes: condition tokens per image; those of the code dataset of conditions if not given.", low=1
     )
     codes_path: str | None = option(
         None, "With name codes: code dataset of the conditions, of the same images and views as codes.path."
@@ -71,7 +71,7 @@ class OptimOptions:
     """AdamW and its schedule for the transformer."""
 
     learning_rate: float = option(3e-4, "Peak learning rate.", above=0.0)
-    betas: tuple[float, ...] = option((0.9, 0.95), "AdamW betas.")
+    betas: tuple[float, ...] = option((0.9, 0.95), "AdamW betas.", low=0.0, below=1.0)
     weight_decay: float = option(0.05, "On matrices only: norms, biases and embeddings are not decayed.", low=0.0)
     warmup_steps: int = option(100, "Steps over which the learning rate rises from 0.", low=0)
     warmup_samples: int | None = option(None, "The same in rows; takes the place of warmup_steps if given.", low=0)

@@ -4,19 +4,19 @@ Code ids and condition ids never share an embedding row. The null condition, use
 (Ho and Salimans 2022), is one extra row.
 """
 
-import importlib
-
 import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError
+from stages.options import ConditioningOptions
+from stages.registry import import_named
 
 
 class Conditioning(nn.Module):
     """What a conditioning is: a module from labels to prefix tokens.
 
     Attributes:
-        num_prefix_tokens: tokens per image.
+        num_prefix_tokens: tokens per image; an attribute of the class, since positions are laid out before there is a module.
         is_conditional: whether labels make a difference, and so whether guidance can.
     """
 
@@ -80,8 +80,26 @@ class NoConditioning(Conditioning):
 
 CONDITIONINGS = {
     "class": "stages.second_stage.conditioning:ClassConditioning",
+    "codes": "stages.second_stage.conditioning:CodesConditioning",
     "none": "stages.second_stage.conditioning:NoConditioning",
 }
+
+
+def num_condition_tokens(options: ConditioningOptions) -> int:
+    """Prefix tokens per image: as many as given with "codes"; other conditionings know theirs.
+
+    Raises:
+        ConfigError: no such conditioning, or one of another number of tokens than is given.
+    """
+    if options.name == "codes":
+        return options.num_tokens or 1
+    cls = import_named("conditioning.name", options.name, CONDITIONINGS)
+    num_tokens = getattr(cls, "num_prefix_tokens", Conditioning.num_prefix_tokens)
+    if options.num_tokens not in (None, num_tokens):
+        raise ConfigError(
+            f"conditioning.num_tokens is {options.num_tokens}, but conditioning.name={options.name} has {num_tokens} per image. Leave it out."
+        )
+    return num_tokens
 
 
 def open_conditioning(name: str, num_classes: int, hidden_size: int, num_prefix_tokens: int = 1) -> Conditioning:
@@ -91,18 +109,18 @@ def open_conditioning(name: str, num_classes: int, hidden_size: int, num_prefix_
         name: of it.
         num_classes: of the code dataset, or of the codebook of "codes".
         hidden_size: width.
-        num_prefix_tokens: of "codes"; the others know theirs.
+        num_prefix_tokens: of `num_condition_tokens`.
 
     Raises:
-        ConfigError: no such name.
+        ConfigError: no such name, or a module with another number of tokens.
     """
+    cls = import_named("conditioning.name", name, CONDITIONINGS)
     if name == "codes":
-        return CodesConditioning(num_classes, hidden_size, num_prefix_tokens)
-    target = CONDITIONINGS.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not colon:
-        allowed = ", ".join(sorted([*CONDITIONINGS, "codes"]))
+        return cls(num_classes, hidden_size, num_prefix_tokens)
+    opened = cls(num_classes, hidden_size)
+    if opened.num_prefix_tokens != num_prefix_tokens:
         raise ConfigError(
-            f"conditioning.name is {name}, but it must be one of: {allowed}; or package.module:Class. Choose one."
+            f"conditioning.name is {name} with {opened.num_prefix_tokens} tokens per image, but positions are laid out for "
+            f"{num_prefix_tokens}. Make num_prefix_tokens an attribute of the class, and train such a model anew."
         )
-    return getattr(importlib.import_module(module), attribute)(num_classes, hidden_size)
+    return opened

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
 from stages.second_stage.blocks import Gelu, make_norm, silence_prefix
-from stages.second_stage.conditioning import open_conditioning
+from stages.second_stage.conditioning import CONDITIONINGS, num_condition_tokens, open_conditioning
 from stages.second_stage.operations import Linear, RMSNorm, add_dropout, attention, rotate, swiglu
 
 
@@ -78,25 +78,22 @@ def transformer_config(
     """The module asked for by the options, on a code dataset with these properties.
 
     Raises:
-        ConfigError: the heads do not divide the width, or with rotary positions not into multiples of 4, or condition tokens do not lie
-            on the grid.
+        ConfigError: the heads do not divide the width, or with rotary positions not into multiples of 4; there is no such conditioning,
+            or not of so many tokens, or with rotary positions they do not lie on the grid.
     """
-    num_prefix_tokens = conditioning.num_tokens or 1
-    if options.positions == "learned" and options.hidden_size % options.num_heads:
+    is_learned, num_prefix_tokens = options.positions == "learned", num_condition_tokens(conditioning)
+    unit = options.num_heads if is_learned else 4 * options.num_heads
+    if options.hidden_size % unit:
+        rule = "model.num_heads" if is_learned else "4 * model.num_heads (2-D rotary positions)"
         raise ConfigError(
-            f"model.hidden_size is {options.hidden_size}, but it must be a multiple of model.num_heads = {options.num_heads}. "
-            f"Use {math.ceil(options.hidden_size / options.num_heads) * options.num_heads}."
+            f"model.hidden_size is {options.hidden_size}, but it must be a multiple of {unit}, {rule}. "
+            f"Use {math.ceil(options.hidden_size / unit) * unit}."
         )
-    if options.positions != "learned" and options.hidden_size % (4 * options.num_heads):
+    if not is_learned and prefix_stride(grid, num_prefix_tokens) is None:
         raise ConfigError(
-            f"model.hidden_size is {options.hidden_size}, but it must be a multiple of 4 * model.num_heads = {4 * options.num_heads} "
-            f"(2-D rotary positions). Use {math.ceil(options.hidden_size / 4 / options.num_heads) * 4 * options.num_heads}."
-        )
-    if options.positions != "learned" and prefix_stride(grid, num_prefix_tokens) is None:
-        raise ConfigError(
-            f"conditioning.num_tokens is {num_prefix_tokens}, but with rotary positions the tokens of a condition must lie on the grid of "
-            f"{grid[0]} x {grid[1]} codes, {grid[0] * grid[1]} or a power of 4 more or fewer. Tokenize conditions to such a grid, or "
-            f"set model.positions=learned."
+            f"conditioning.name is {conditioning.name} with {num_prefix_tokens} tokens per image, but with rotary positions they must lie "
+            f"on the grid of {grid[0]} x {grid[1]} codes, {grid[0] * grid[1]} or a power of 4 more or fewer. Use conditions of such a "
+            f"grid, or set model.positions=learned."
         )
     return TransformerConfig(
         codebook_size=codebook_size,
@@ -134,14 +131,21 @@ def other_sizes(config: TransformerConfig) -> list[int]:
     norm = [c, c] if config.norm == "layer" else [c]
     inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
     block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
-    prefix = (1 if config.conditioning == "none" else config.num_classes + 1) * c
     is_learned = config.positions == "learned"
     positions = [config.num_positions * c] * is_learned
-    return config.num_layers * block + norm + [prefix, config.codebook_size * c, *positions]
+    return config.num_layers * block + norm + [*_condition_sizes(config), config.codebook_size * c, *positions]
+
+
+def _condition_sizes(config: TransformerConfig) -> list[int]:
+    """Of the conditioning; a class of the user's own is built, for only that tells."""
+    if config.conditioning in CONDITIONINGS:
+        return [(1 if config.conditioning == "none" else config.num_classes + 1) * config.hidden_size]
+    conditioning = open_conditioning(config.conditioning, config.num_classes, config.hidden_size, config.num_prefix_tokens)
+    return [p.numel() for p in conditioning.parameters()]
 
 
 def num_parameters(config: TransformerConfig) -> int:
-    """Parameters of the module, without building it."""
+    """Parameters of the module, without building its layers."""
     return sum(matrix_sizes(config)) + sum(other_sizes(config))
 
 

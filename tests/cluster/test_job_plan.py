@@ -128,9 +128,13 @@ def test_what_a_gpu_cannot_hold_is_said():
         ({"train": {"precision": "fp32"}}, {"gpu": "H100"}, ["--gpu is H100", "train.precision is fp32"]),
         ({}, {"mfu": 40.0}, ["--mfu is 40", "at most 1"]),
         ({}, {"hours": 0.0}, ["--hours is 0", "above 0"]),
+        ({"sampling": {"labels": [10]}}, {}, ["sampling.labels is [10]", "0 to 9"]),
+        ({"sampling": {"labels": []}}, {}, ["sampling.labels is []", "0 to 9"]),
+        ({"conditioning": {"name": "class", "num_tokens": 4}}, {}, ["conditioning.num_tokens is 4", "has 1 per image"]),
+        ({"conditioning": {"name": "no_such.module:Class"}}, {}, ["conditioning.name is no_such.module:Class", "cannot be imported"]),
     ],
 )
-def test_questions_that_have_no_answer_are_refused(sections, question, words):
+def test_what_has_no_plan_is_refused(sections, question, words):
     with pytest.raises(ConfigError) as caught:
         derive(config(**sections), 1000, 10, **question)
     assert all(word in str(caught.value) for word in words), str(caught.value)

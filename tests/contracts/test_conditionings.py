@@ -9,7 +9,7 @@ from stages.second_stage.conditioning import CONDITIONINGS, open_conditioning
 HIDDEN_SIZE, NUM_CLASSES, NUM_CODES = 8, 5, 4
 
 
-@pytest.fixture(params=sorted([*CONDITIONINGS, "codes"]))
+@pytest.fixture(params=sorted(CONDITIONINGS))
 def conditioning(request):
     torch.manual_seed(0)
     return open_conditioning(request.param, NUM_CLASSES, HIDDEN_SIZE, NUM_CODES if request.param == "codes" else 1)

@@ -8,6 +8,7 @@ import torch
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
+from stages.second_stage.conditioning import ClassConditioning
 from stages.second_stage.operations import rotate
 from stages.second_stage.transformer import (
     KVCache,
@@ -134,10 +135,60 @@ def test_codes_of_a_condition_turn_like_the_cells_that_they_cover(condition, str
 def test_a_condition_that_does_not_lie_on_the_grid_needs_learned_positions():
     sizes = dict(codebook_size=16, grid=(4, 4), num_classes=9)
     conditioning = ConditioningOptions(name="codes", num_tokens=8)
-    with pytest.raises(ConfigError, match="conditioning.num_tokens is 8, .* grid of 4 x 4 codes.*model.positions=learned"):
+    with pytest.raises(ConfigError, match="codes with 8 tokens per image.* grid of 4 x 4 codes.*model.positions=learned"):
         transformer_config(OPTIONS, conditioning, **sizes)
     learned = dataclasses.replace(OPTIONS, positions="learned")
     assert transformer_config(learned, conditioning, **sizes).num_positions == 8 + 15
+
+
+class FourTokens(ClassConditioning):
+    """A conditioning of a user's own."""
+
+    num_prefix_tokens = 4
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__(num_classes, 4 * hidden_size)
+
+    def forward(self, labels_B):
+        return super().forward(labels_B).view(len(labels_B), 4, -1)
+
+
+class TokensOfTheModule(FourTokens):
+    """Its class says one token, its modules say four."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__(num_classes, hidden_size)
+        self.num_prefix_tokens = 4
+
+
+def config_of(conditioning, **changes):
+    given = ConditioningOptions(name=conditioning, **changes)
+    return transformer_config(OPTIONS, given, codebook_size=16, grid=(4, 4), num_classes=5)
+
+
+@pytest.mark.parametrize("name", ["class", "none", f"{__name__}:FourTokens"])
+def test_codes_keep_their_places_behind_any_condition(name):
+    config = config_of(name)
+    model, (cos_TD, _) = Transformer(config), rotations(config, torch.float32, torch.device("cpu"))
+    first_code = model.conditioning.num_prefix_tokens
+    alone, _ = rotations(config_of("none"), torch.float32, torch.device("cpu"))
+    assert torch.equal(cos_TD[first_code:], alone[1:])
+    assert model(torch.zeros(2, 16, dtype=torch.long), torch.tensor([0, -1])).shape == (2, 16, 16)
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name, num_tokens", [("class", 1), ("none", 1), (f"{__name__}:FourTokens", 4)])
+def test_the_number_of_tokens_is_that_of_the_condition(name, num_tokens):
+    assert config_of(name, num_tokens=num_tokens) == config_of(name)
+    with pytest.raises(ConfigError, match=f"conditioning.num_tokens is 16, but conditioning.name={name} has {num_tokens} per image"):
+        config_of(name, num_tokens=16)
+
+
+def test_a_module_with_other_tokens_than_its_class_says_is_refused():
+    with pytest.raises(ConfigError, match="TokensOfTheModule with 4 tokens per image, but positions are laid out for 1"):
+        Transformer(config_of(f"{__name__}:TokensOfTheModule"))
 
 
 def test_learns_to_repeat_a_condition_of_codes():

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from pipeline.s3_errors import S3, bucket_and_key, explained, on_store, response
+from stages import files
 from stages.errors import StorageError, TesseraError
+from stages.files import TEMPORARY
 
-TEMPORARY = ".tmp-"  # names of local files that are still being written; never listed
 CONFLICT_ATTEMPTS = 5
 CHUNK_BYTES = 16 << 20
 
@@ -187,7 +188,7 @@ def modified_time(path: str) -> float:
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless it exists; durable and all or nothing. Returns whether this call wrote it."""
     if is_local(path):
-        return _link_new(path, lambda file: file.write(data))
+        return files.put_if_absent(path, lambda file: file.write(data))
     return _conditional_put(path, functools.partial(_fs().pipe_file, path, data, **_content_type(path)))
 
 
@@ -197,19 +198,16 @@ def put_file_if_absent(path: str, local_file: str) -> bool:
     if not is_local(path):
         return _conditional_put(path, functools.partial(_fs().put_file, local_file, path))
     with open(local_file, "rb") as source:
-        return _link_new(path, lambda file: shutil.copyfileobj(source, file))
+        return files.put_if_absent(path, lambda file: shutil.copyfileobj(source, file))
 
 
 @on_store
 def replace(path: str, data: bytes) -> None:
     """Writes a file whether it exists or not, all or nothing. For derived files only, such as a report."""
-    if not is_local(path):
+    if is_local(path):
+        files.replace(path, lambda file: file.write(data))
+    else:
         _fs().pipe_file(path, data, **_content_type(path))
-        return
-    folder = os.path.dirname(path) or "."
-    _make_folder(folder)
-    os.replace(_write_temporary(folder, lambda file: file.write(data)), path)
-    _sync_folder(folder)
 
 
 @on_store
@@ -270,55 +268,6 @@ def check_conditional_put(path: str) -> None:
             f"The store behind {path} accepts a conditional write of a key that exists, but commits rest on its refusal. "
             f"Use a store that honours If-None-Match, or a local path."
         )
-
-
-def _link_new(path: str, write: Callable[[BinaryIO], Any]) -> bool:
-    folder = os.path.dirname(path) or "."
-    _make_folder(folder)
-    temporary = _write_temporary(folder, write)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    _sync_folder(folder)
-    return True
-
-
-def _write_temporary(folder: str, write: Callable[[BinaryIO], Any]) -> str:
-    temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
-    with open(temporary, "wb") as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    return temporary
-
-
-def _make_folder(folder: str) -> None:
-    """Makes a folder so that it survives a power cut: its name is in its parent, which is what must be synced."""
-    if os.path.isdir(folder):
-        return
-    parent = os.path.dirname(folder) or "."
-    _make_folder(parent)
-    try:
-        os.mkdir(folder)
-    except FileExistsError:
-        if not os.path.isdir(folder):
-            raise
-    _sync_folder(parent)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _content_type(path: str) -> dict[str, str]:

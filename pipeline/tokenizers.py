@@ -1,5 +1,6 @@
 """Tokenizer artefacts, and the files of other projects, in any storage."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from safetensors.torch import load
 
 from pipeline import storage
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import CONFIG, WEIGHTS, architecture, load_tokenizer, read_config, save_tokenizer
+from stages.first_stage.artefact import CONFIG, WEIGHTS, architecture, encode_artefact, load_tokenizer, read_config
 from stages.first_stage.foreign import DIFFUSERS_WEIGHTS
 from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
@@ -64,28 +65,32 @@ def store_tokenizer(tokenizer: Tokenizer, path: str) -> str:
     """Writes a tokenizer to a local or s3:// path, `config.json` last, and returns its fingerprint.
 
     Raises:
-        ArtefactError: another tokenizer is there already.
+        ArtefactError: another tokenizer is there already; artefacts are never overwritten.
     """
-    if storage.is_local(path):
-        return save_tokenizer(tokenizer, path)
-    with tempfile.TemporaryDirectory() as folder:
-        mark = save_tokenizer(tokenizer, folder)
-        for name in (WEIGHTS, CONFIG):
-            target, source = storage.join(path, name), os.path.join(folder, name)
-            if storage.put_file_if_absent(target, source):
-                continue
-            present, ours = storage.read_bytes(target), storage.read_bytes(source)
-            if present != ours and not (name == WEIGHTS and _are_same_tensors(present, ours)):
-                raise ArtefactError(f"{target} is there already, but with other contents. Choose another folder.")
-    return mark
+    files = encode_artefact(tokenizer)
+    if storage.exists(storage.join(path, CONFIG)):  # a folder of something else stays as it is
+        _check_same(path, CONFIG, files)
+    for name, data in files.items():
+        if not storage.put_if_absent(storage.join(path, name), data):
+            _check_same(path, name, files)
+    return json.loads(files[CONFIG])["fingerprint"]
 
 
-def _are_same_tensors(present: bytes, ours: bytes) -> bool:
-    """Whether safetensors files differ in what they say beside their tensors at most, as those of other versions may."""
+def _check_same(path: str, name: str, files: dict[str, bytes]) -> None:
+    """Refuses a file that is there and not of the same tokenizer; another version may have written it in other words."""
+    present, ours = storage.read_bytes(storage.join(path, name)), json.loads(files[CONFIG])["fingerprint"]
     try:
-        found, expected = load(present), load(ours)
-    except SafetensorError:
-        return False
+        if name == CONFIG:
+            is_same = json.loads(present).get("fingerprint") == ours
+        else:
+            is_same = _are_same_tensors(load(present), load(files[name]))
+    except (SafetensorError, ValueError, AttributeError):
+        is_same = False
+    if not is_same:
+        raise ArtefactError(f"{path} holds another {name}, but that of tokenizer {ours} was to be written. Choose another folder.")
+
+
+def _are_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 

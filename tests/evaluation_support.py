@@ -15,10 +15,9 @@ from pipeline.code_dataset.manifest import read_manifest
 from pipeline.encoding import numeric_mode
 from pipeline.probe import freeze_probe
 from pipeline.sources.scenes import Scenes
-from pipeline.tokenizers import open_tokenizer
+from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import preprocessing_spec
 from stages.config import to_dict
-from stages.first_stage.artefact import save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.options import (
@@ -50,7 +49,7 @@ def make_tokenizer(folder: str, seed: int) -> str:
         attention_resolutions=(),
         z_channels=8,
     )
-    return save_tokenizer(Tokenizer(config), folder)
+    return store_tokenizer(Tokenizer(config), folder)
 
 
 def make_checkpoint(run_path: str, dataset: CodeDataset, step: int = STEP, seed: int = 0, **more) -> Commit:

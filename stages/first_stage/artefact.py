@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from stages.config import build
 from stages.errors import ArtefactError
@@ -31,39 +31,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str) -> str:
-    """Writes the artefact into a local folder and returns its fingerprint.
-
-    Raises:
-        ArtefactError: the folder already holds another tokenizer; artefacts are never overwritten.
-    """
+def encode_artefact(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of the artefact of a tokenizer by name, in the order in which they are to be written."""
     baked = tokenizer.baked()
-    mark = fingerprint(baked)
-    config_path = os.path.join(folder, CONFIG)
-    if os.path.exists(config_path):
-        present = read_config(folder)["fingerprint"]
-        if present != mark:
-            raise ArtefactError(
-                f"{folder} is the folder of tokenizer {present}, but {mark} was to be written. Choose another folder."
-            )
-        return mark
-    os.makedirs(folder, exist_ok=True)
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()
-    }
-    metadata = own_metadata("artefact")
-    _write_durably(os.path.join(folder, WEIGHTS), lambda path: save_file(tensors, path, metadata))
-    text = json.dumps(
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "fingerprint": mark,
-            **baked.config.identity(),
-        },
-        indent=2,
-    )
-    _write_durably(config_path, lambda path: _write_text(path, text))
-    return mark
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in baked.state_dict().items()}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "fingerprint": fingerprint(baked), **baked.config.identity()}
+    return {WEIGHTS: save(tensors, own_metadata("artefact")), CONFIG: json.dumps(content, indent=2).encode()}
 
 
 def own_metadata(kind: Literal["artefact", "training"]) -> dict[str, str]:
@@ -139,16 +112,3 @@ def load_tokenizer(folder: str) -> Tokenizer:
         )
     tokenizer.fingerprint = found
     return tokenizer.eval().requires_grad_(False)
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _write_durably(path: str, write) -> None:
-    temporary = f"{path}.tmp-{os.getpid()}"
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

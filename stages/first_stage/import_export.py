@@ -8,16 +8,16 @@ checkpoint counts as published: 256 pixels, 32 groups, and l2-normalised codes i
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stages.errors import ArtefactError, ConfigError
+from stages.files import replace as replace_file
 from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
 from stages.first_stage.artefact import MARKER, fingerprint
 from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, INTEGERS, Foreign, name_some, read_foreign
@@ -127,7 +127,6 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
             f"--format is {format}, but it has no quantizer {baked.config.quantizer}, which this tokenizer has. "
             f"{'Use --format compvis.' if baked.config.quantizer in QUANTIZERS_OF['compvis'] else 'Keep the tokenizer as it is.'}"
         )
-    os.makedirs(folder, exist_ok=True)
     rename = renamer(format, len(baked.config.channel_multipliers))
     tensors = {rename(name): _outward(name, tensor, format) for name, tensor in baked.state_dict().items()}
     marker = {
@@ -152,12 +151,13 @@ def export_tokenizer(tokenizer: Tokenizer, format: str, folder: str) -> str:
             PUBLISHED_NORM_GROUPS,
         )
     if format == "diffusers":
-        config_text = json.dumps(_diffusers_config(baked.config), indent=2)
-        _replace(path, lambda part: save_file(tensors, part, metadata={"format": "pt", MARKER: json.dumps(marker)}))
-        _replace(os.path.join(folder, DIFFUSERS_CONFIG), lambda part: _write_text(part, config_text))
+        weights = save(tensors, metadata={"format": "pt", MARKER: json.dumps(marker)})
+        config = json.dumps(_diffusers_config(baked.config), indent=2).encode()
+        replace_file(path, lambda file: file.write(weights))
+        replace_file(os.path.join(folder, DIFFUSERS_CONFIG), lambda file: file.write(config))
     else:
         key = "state_dict" if format == "compvis" else "model"
-        _replace(path, lambda part: torch.save({key: tensors, MARKER: marker}, part))
+        replace_file(path, lambda file: torch.save({key: tensors, MARKER: marker}, file))
     return path
 
 
@@ -290,15 +290,3 @@ def _with_diffusers_config(foreign: Foreign) -> dict[str, Any]:
             f"{DIFFUSERS_CONFIG} beside it, or none."
         )
     return {**foreign.marker, "num_norm_groups": num_groups}
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _replace(path: str, write: Callable[[str], Any]) -> None:
-    """Writes the whole file or none."""
-    temporary = f"{path}.part-{os.getpid()}"
-    write(temporary)
-    os.replace(temporary, path)

@@ -97,7 +97,8 @@ def num_condition_tokens(options: ConditioningOptions) -> int:
     num_tokens = getattr(cls, "num_prefix_tokens", Conditioning.num_prefix_tokens)
     if options.num_tokens not in (None, num_tokens):
         raise ConfigError(
-            f"conditioning.num_tokens is {options.num_tokens}, but conditioning.name={options.name} has {num_tokens} per image. Leave it out."
+            f"conditioning.num_tokens is {options.num_tokens}, but conditioning.name={options.name} has {num_tokens} per image. "
+            f"Leave it out."
         )
     return num_tokens
 

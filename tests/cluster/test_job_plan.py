@@ -8,9 +8,9 @@ from tests_support import TINY_TOKENIZER
 
 import ray_job
 from cluster.job_plan import check_config, derive, render, stored_tokenizer
+from pipeline.tokenizers import store_tokenizer
 from stages.config import build
 from stages.errors import ConfigError
-from stages.first_stage.artefact import save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import Config
 
@@ -202,7 +202,7 @@ def test_configurations_that_cannot_work_are_refused(sections, words):
 def test_a_tokenizer_that_is_there_counts_and_not_what_would_be_trained(tmp_path):
     """An imported one needs none of the options that describe it."""
     path = str(tmp_path / "tokenizer")
-    save_tokenizer(Tokenizer(TINY_TOKENIZER), path)
+    store_tokenizer(Tokenizer(TINY_TOKENIZER), path)
     labels = {"input": "segmentation", "num_labels": 3, "path": path}
     asked = config(tokenizer=labels, tokenizer_train={"discriminator_weight": 0.5})
     check_config(asked)

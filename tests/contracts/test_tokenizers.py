@@ -7,7 +7,8 @@ import torch
 from quantizer_support import QUANTIZER_SHAPES
 from tests_support import TINY_TOKENIZER
 
-from stages.first_stage.artefact import load_tokenizer, save_tokenizer
+from pipeline.tokenizers import store_tokenizer
+from stages.first_stage.artefact import load_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 
 CONFIGS = {
@@ -52,7 +53,7 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch(tokenizer, images):
 
 
 def test_saving_keeps_codes_and_fingerprint(tokenizer, images, tmp_path):
-    mark = save_tokenizer(tokenizer, str(tmp_path))
+    mark = store_tokenizer(tokenizer, str(tmp_path))
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.fingerprint == mark
     assert torch.equal(loaded.encode(images), tokenizer.encode(images))

@@ -6,8 +6,8 @@ from evaluation.feature_actor import FeatureActor, read_view
 from evaluation.metrics import plan_metrics
 from evaluation.pixel_metrics import psnr, ssim
 from pipeline.sources import open_source
+from pipeline.tokenizers import store_tokenizer
 from stages.errors import TesseraError
-from stages.first_stage.artefact import save_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
@@ -51,7 +51,7 @@ def actor(tmp_path_factory) -> FeatureActor:
         z_channels=8,
     )
     folder = str(tmp_path_factory.mktemp("tokenizer"))
-    save_tokenizer(Tokenizer(config), folder)
+    store_tokenizer(Tokenizer(config), folder)
     return FeatureActor(FaultySource(), IMAGES, OPTIONS, PLAN, TokenizerOptions(path=folder))
 
 

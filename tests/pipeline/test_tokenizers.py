@@ -105,13 +105,32 @@ def test_storing_again_what_another_version_wrote_is_harmless(folder):
         store_tokenizer(tokenizer(1), folder)
 
 
-def test_what_another_version_stored_by_half_is_finished_and_damage_is_not_passed_over(s3):
-    mark = store_tokenizer(tokenizer(), s3)
-    plain = save(load(storage.read_bytes(f"{s3}/{WEIGHTS}")))  # without what files say beside their tensors
-    storage.replace(f"{s3}/{WEIGHTS}", plain)
-    storage.delete(f"{s3}/{CONFIG}")
-    assert store_tokenizer(tokenizer(), s3) == open_tokenizer(s3).fingerprint == mark
+@BOTH
+def test_what_another_version_stored_by_half_is_finished_and_damage_is_not_passed_over(folder):
+    mark = store_tokenizer(tokenizer(), folder)
+    plain = save(load(storage.read_bytes(f"{folder}/{WEIGHTS}")))  # without what files say beside their tensors
+    storage.replace(f"{folder}/{WEIGHTS}", plain)
+    storage.delete(f"{folder}/{CONFIG}")
+    assert store_tokenizer(tokenizer(), folder) == open_tokenizer(folder).fingerprint == mark
     for damaged in (plain[:-4], save({name: tensor + 1 for name, tensor in load(plain).items()})):
-        storage.replace(f"{s3}/{WEIGHTS}", damaged)
-        with pytest.raises(ArtefactError, match="with other contents"):
-            store_tokenizer(tokenizer(), s3)
+        storage.replace(f"{folder}/{WEIGHTS}", damaged)
+        with pytest.raises(ArtefactError, match=f"holds another {WEIGHTS}"):
+            store_tokenizer(tokenizer(), folder)
+
+
+@BOTH
+def test_two_that_write_different_tokenizers_cannot_mix_them(folder):
+    mark = store_tokenizer(tokenizer(), folder)
+    storage.delete(f"{folder}/{CONFIG}")  # the first has got as far as this when the second begins
+    with pytest.raises(ArtefactError, match=f"holds another {WEIGHTS}, but that of tokenizer {fingerprint(tokenizer(1))}"):
+        store_tokenizer(tokenizer(1), folder)
+    assert store_tokenizer(tokenizer(), folder) == open_tokenizer(folder).fingerprint == mark
+
+
+@BOTH
+@pytest.mark.parametrize("config", [b"{}", b"[]", b"not JSON"])
+def test_a_folder_of_something_else_stays_as_it_is(folder, config):
+    storage.replace(f"{folder}/{CONFIG}", config)
+    with pytest.raises(ArtefactError, match=f"holds another {CONFIG}"):
+        store_tokenizer(tokenizer(), folder)
+    assert storage.list_files(folder) == [f"{folder}/{CONFIG}"]

@@ -9,8 +9,9 @@ import torch
 from quantizer_support import QUANTIZER_SHAPES
 from tests_support import TINY_TOKENIZER
 
+from pipeline.tokenizers import store_tokenizer
 from stages.errors import ArtefactError
-from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, save_tokenizer
+from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import LATER_FIELDS, TokenizerConfig
 
@@ -22,7 +23,7 @@ def tokenizer():
 
 
 def test_round_trip(tokenizer, tmp_path):
-    mark = save_tokenizer(tokenizer, str(tmp_path / "t"))
+    mark = store_tokenizer(tokenizer, str(tmp_path / "t"))
     loaded = load_tokenizer(str(tmp_path / "t"))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert loaded.fingerprint == mark == fingerprint(loaded)
@@ -31,12 +32,12 @@ def test_round_trip(tokenizer, tmp_path):
 
 
 def test_saving_the_same_again_is_harmless_and_another_is_refused(tokenizer, tmp_path):
-    mark = save_tokenizer(tokenizer, str(tmp_path))
-    assert save_tokenizer(tokenizer, str(tmp_path)) == mark
+    mark = store_tokenizer(tokenizer, str(tmp_path))
+    assert store_tokenizer(tokenizer, str(tmp_path)) == mark
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias += 1
-    with pytest.raises(ArtefactError, match=mark):
-        save_tokenizer(tokenizer, str(tmp_path))
+    with pytest.raises(ArtefactError, match=f"{tmp_path} holds another {CONFIG}.*Choose another folder"):
+        store_tokenizer(tokenizer, str(tmp_path))
 
 
 def test_every_tensor_is_in_the_fingerprint(tokenizer):
@@ -50,7 +51,7 @@ def test_every_tensor_is_in_the_fingerprint(tokenizer):
 
 @pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.99])
 def test_a_flipped_bit_is_seen(tokenizer, tmp_path, position):
-    save_tokenizer(tokenizer, str(tmp_path))
+    store_tokenizer(tokenizer, str(tmp_path))
     path = tmp_path / WEIGHTS
     data = bytearray(path.read_bytes())
     data[int(position * len(data))] ^= 4
@@ -62,7 +63,7 @@ def test_a_flipped_bit_is_seen(tokenizer, tmp_path, position):
 def test_unfinished_and_foreign_folders_are_refused(tokenizer, tmp_path):
     with pytest.raises(ArtefactError, match="train-tokenizer"):
         load_tokenizer(str(tmp_path))
-    save_tokenizer(tokenizer, str(tmp_path))
+    store_tokenizer(tokenizer, str(tmp_path))
     content = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**content, "format_version": 99}))
     with pytest.raises(ArtefactError, match="format version"):
@@ -92,7 +93,7 @@ def test_the_groups_of_norms_are_part_of_the_identity(tmp_path):
     shared = Tokenizer(dataclasses.replace(config, num_norm_groups=8))
     shared.load_state_dict(published.state_dict())
     assert fingerprint(published) != fingerprint(shared)
-    save_tokenizer(shared, str(tmp_path))
+    store_tokenizer(shared, str(tmp_path))
     assert json.loads((tmp_path / CONFIG).read_text())["num_norm_groups"] == 8
     assert load_tokenizer(str(tmp_path)).config.num_norm_groups == 8
 
@@ -103,7 +104,7 @@ def test_only_levels_add_a_key(kind, tmp_path):
     config = dataclasses.replace(
         TINY_TOKENIZER, quantizer=kind, codebook_size=size, codebook_dim=dim, fsq_levels=levels
     )
-    save_tokenizer(Tokenizer(config), str(tmp_path))
+    store_tokenizer(Tokenizer(config), str(tmp_path))
     content = json.loads((tmp_path / CONFIG).read_text())
     names = {f.name for f in dataclasses.fields(TokenizerConfig)} - LATER_FIELDS.keys()
     assert content.keys() - {"format", "format_version", "fingerprint"} == names | ({"fsq_levels"} if levels else set())
@@ -129,7 +130,7 @@ def test_a_contradictory_configuration_is_damage(change, tmp_path):
     config = dataclasses.replace(
         TINY_TOKENIZER, quantizer="fsq", codebook_size=size, codebook_dim=dim, fsq_levels=levels
     )
-    save_tokenizer(Tokenizer(config), str(tmp_path))
+    store_tokenizer(Tokenizer(config), str(tmp_path))
     content = json.loads((tmp_path / CONFIG).read_text()) | change
     (tmp_path / CONFIG).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     with pytest.raises(ArtefactError, match="damaged tokenizer"):

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pipeline.tokenizers import store_tokenizer
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, own_metadata, save_tokenizer
+from stages.first_stage.artefact import CONFIG, WEIGHTS, fingerprint, load_tokenizer, own_metadata
 from stages.first_stage.import_export import export_tokenizer, import_tokenizer
 from stages.first_stage.names import FORMATS
 from stages.first_stage.tokenizer import Tokenizer
@@ -57,10 +58,10 @@ def test_there_and_back_is_exact(tmp_path, format):
     for i, model in enumerate(
         [tokenizer(1), tokenizer(2, quantizer="vq-l2"), tokenizer(3, resolution=32, attention_resolutions=(16, 7))]
     ):
-        mark = save_tokenizer(model, str(tmp_path / f"artefact{i}"))
+        mark = store_tokenizer(model, str(tmp_path / f"artefact{i}"))
         file = export_tokenizer(load_tokenizer(str(tmp_path / f"artefact{i}")), format, str(tmp_path / f"out{i}"))
         back = import_tokenizer(file)
-        assert back.fingerprint == mark == save_tokenizer(back, str(tmp_path / f"back{i}"))
+        assert back.fingerprint == mark == store_tokenizer(back, str(tmp_path / f"back{i}"))
 
 
 @given(
@@ -305,14 +306,14 @@ def test_an_export_overwrites_nothing(tmp_path, format):
 
 
 def test_an_export_into_the_artefact_itself_is_refused(tmp_path):
-    mark = save_tokenizer(tokenizer(), str(tmp_path))
+    mark = store_tokenizer(tokenizer(), str(tmp_path))
     with pytest.raises(ConfigError, match="Choose another folder"):
         export_tokenizer(load_tokenizer(str(tmp_path)), "diffusers", str(tmp_path))
     assert load_tokenizer(str(tmp_path)).fingerprint == mark
 
 
 def test_an_artefact_is_not_taken_for_a_published_tokenizer(tmp_path):
-    save_tokenizer(tokenizer(quantizer="vq-l2", num_norm_groups=8), str(tmp_path / "artefact"))
+    store_tokenizer(tokenizer(quantizer="vq-l2", num_norm_groups=8), str(tmp_path / "artefact"))
     (tmp_path / WEIGHTS).write_bytes((tmp_path / "artefact" / WEIGHTS).read_bytes())
     for file in (tmp_path / "artefact" / WEIGHTS, tmp_path / "artefact", tmp_path / WEIGHTS):
         with pytest.raises(ArtefactError, match=f"{file} is of a tokenizer artefact, but .* set tokenizer.path to its folder"):
@@ -320,7 +321,7 @@ def test_an_artefact_is_not_taken_for_a_published_tokenizer(tmp_path):
 
 
 def test_an_artefact_without_a_mark_is_known_by_its_config(tmp_path):
-    mark = save_tokenizer(tokenizer(), str(tmp_path))
+    mark = store_tokenizer(tokenizer(), str(tmp_path))
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
     assert load_tokenizer(str(tmp_path)).fingerprint == mark
     with pytest.raises(ArtefactError, match="is of a tokenizer artefact, but"):
@@ -334,9 +335,9 @@ def test_other_files_in_the_folder_of_an_artefact_are_imported(tmp_path):
     tensors = foreign(tokenizer(), "compvis")
     torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
     save_file(tensors, tmp_path / "last.safetensors")
-    mark = save_tokenizer(import_tokenizer(str(tmp_path / "last.ckpt")), str(tmp_path))
+    mark = store_tokenizer(import_tokenizer(str(tmp_path / "last.ckpt")), str(tmp_path))
     for name in ("last.ckpt", "last.safetensors"):
-        assert save_tokenizer(import_tokenizer(str(tmp_path / name)), str(tmp_path)) == mark
+        assert store_tokenizer(import_tokenizer(str(tmp_path / name)), str(tmp_path)) == mark
 
 
 def test_weights_of_a_training_belong_to_it(tmp_path):

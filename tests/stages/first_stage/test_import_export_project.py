@@ -7,8 +7,9 @@ import torch
 import yaml
 from foreign_support import foreign, tokenizer
 
+from pipeline.tokenizers import store_tokenizer
 from stages.errors import ArtefactError, ConfigError
-from stages.first_stage.artefact import fingerprint, load_tokenizer, save_tokenizer
+from stages.first_stage.artefact import fingerprint, load_tokenizer
 from stages.first_stage.import_export import export_tokenizer, import_tokenizer
 from stages.project_config import read_project
 
@@ -127,7 +128,7 @@ def test_a_tokenizer_alone_has_no_second_one(checkpoint):
 @pytest.mark.parametrize("format", ["compvis", "llamagen", "diffusers"])
 def test_a_network_without_attention_is_kept_so(tmp_path, format):
     model = tokenizer(middle_attention=False, attention_resolutions=())
-    mark = save_tokenizer(model, str(tmp_path / "artefact"))
+    mark = store_tokenizer(model, str(tmp_path / "artefact"))
     assert mark != fingerprint(tokenizer(attention_resolutions=())) and "encoder.mid.attn_1.q.weight" not in model.state_dict()
     file = export_tokenizer(load_tokenizer(str(tmp_path / "artefact")), format, str(tmp_path / "out"))
     back = import_tokenizer(file)

@@ -1,0 +1,39 @@
+"""Local files are written whole or not at all."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from stages import files
+
+
+def test_of_several_writers_one_writes(tmp_path):
+    path = str(tmp_path / "new" / "folder" / "file")
+    contents = [bytes([i]) * 1000 for i in range(8)]
+    with ThreadPoolExecutor() as pool:
+        won = list(pool.map(lambda data: files.put_if_absent(path, lambda file: file.write(data)), contents))
+    assert won.count(True) == 1
+    with open(path, "rb") as file:
+        assert file.read() == contents[won.index(True)]
+    assert os.listdir(os.path.dirname(path)) == ["file"]
+
+
+def test_a_file_is_replaced(tmp_path):
+    path = str(tmp_path / "folder" / "file")
+    for data in (b"one", b"other"):
+        files.replace(path, lambda file: file.write(data))
+        with open(path, "rb") as file:
+            assert file.read() == data
+    assert os.listdir(os.path.dirname(path)) == ["file"]
+
+
+@pytest.mark.parametrize("write", [files.put_if_absent, files.replace])
+def test_what_fails_leaves_nothing(tmp_path, write):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write(str(tmp_path / "file"), fail)
+    assert os.listdir(tmp_path) == []

@@ -43,6 +43,7 @@ def _checkpoint(args: argparse.Namespace) -> str:
 
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render, stored_tokenizer
+    from evaluation.metrics import plan_metrics
     from pipeline.inputs import needed_maps
     from pipeline.job_options import check_reachable_paths
     from pipeline.sources import open_source
@@ -50,6 +51,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     config = checked_config(args)
     check_reachable_paths("source", config.source)
     check_reachable_paths("tokenizer", config.tokenizer)
+    plan_metrics(config.evaluation)
     tokenizer = stored_tokenizer(config)
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(

@@ -17,12 +17,12 @@ from cluster.checkpoints import WEIGHTS
 from pipeline import storage
 from pipeline.order import SAMPLER_VERSION
 from pipeline.tokenizers import local_weights, open_project, open_tokenizer, store_tokenizer
+from stages.compvis_project import Project
 from stages.config import to_dict
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, read_foreign
 from stages.first_stage.import_export import take_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
-from stages.project_config import Project
 from stages.second_stage.import_transformer import ImportedTransformer, take_transformer
 
 logger = logging.getLogger(__name__)

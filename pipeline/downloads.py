@@ -1,4 +1,4 @@
-"""Files of weights from the web, and their hashes."""
+"""Files from the web, and their hashes."""
 
 import hashlib
 import urllib.request

@@ -77,19 +77,19 @@ class SampleOrder:
     def steps_per_epoch(self) -> int:
         return -(-self.num_images // self.global_batch_size)
 
-    def batch(self, step: int) -> OrderedBatch:
-        """The global batch of a step (counted from 0 over all epochs)."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        positions = index * self.global_batch_size + np.arange(self.global_batch_size)
+    def batch(self, index: int) -> OrderedBatch:
+        """The global batch of an index, counted from 0 over all epochs."""
+        epoch, place = divmod(index, self.steps_per_epoch)
+        positions = place * self.global_batch_size + np.arange(self.global_batch_size)
         valid = positions < self.num_images
         keys = self._epoch_keys(epoch)
         images = self._images(keys, np.where(valid, positions, 0))
         views, draws = _views_and_draws(images, keys.view, keys.condition, self.num_views)
         return OrderedBatch(np.where(valid, images * self.num_views + views, 0), valid, draws)
 
-    def num_valid(self, step: int) -> int:
-        """Entries of the step's batch that count."""
-        start = step % self.steps_per_epoch * self.global_batch_size
+    def num_valid(self, index: int) -> int:
+        """Entries of that batch that count."""
+        start = index % self.steps_per_epoch * self.global_batch_size
         return min(self.global_batch_size, self.num_images - start)
 
     def _images(self, keys: "_EpochKeys", positions: np.ndarray) -> np.ndarray:
@@ -150,10 +150,10 @@ def slice_for_rank(global_batch_size: int, rank: int, world_size: int) -> slice:
     return slice(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
 
 
-def rows_digest(step: int, positions: np.ndarray, rows: np.ndarray) -> int:
-    """Digest of the rows at these positions of a step: a sum modulo 2^64, so digests of ranks add up to the batch's."""
+def rows_digest(index: int, positions: np.ndarray, rows: np.ndarray) -> int:
+    """Digest of the rows at these positions of a global batch: a sum modulo 2^64, so digests of ranks add up to the batch's."""
     with np.errstate(over="ignore"):
-        return int(hash64(step, positions, rows).sum(dtype=np.uint64)) if len(rows) else 0
+        return int(hash64(index, positions, rows).sum(dtype=np.uint64)) if len(rows) else 0
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:

@@ -78,8 +78,8 @@ def check_probe(tokenizer: Tokenizer, options: CodesOptions, probe: dict[str, An
         ArtefactError: fewer codes agree than the probe asks for.
     """
     found = make_probe(tokenizer, options)
-    is_same_shape = probe["images_sha256"] == found["images_sha256"]
-    agreement = float(np.mean(np.array(probe["codes"]) == np.array(found["codes"]))) if is_same_shape else 0.0
+    are_same_images = probe["images_sha256"] == found["images_sha256"]
+    agreement = float(np.mean(np.array(probe["codes"]) == np.array(found["codes"]))) if are_same_images else 0.0
     if agreement < probe["min_agreement"]:
         raise ArtefactError(
             f"The tokenizer gives the golden images other codes here ({found['codes_sha256'][:16]}) than when {made_for} was "

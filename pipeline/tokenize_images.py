@@ -6,6 +6,7 @@ changes nothing, so a killed job is run again and does only what is missing.
 
 import io
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,7 @@ import ray
 from pipeline import storage
 from pipeline.code_dataset.codec import num_bits
 from pipeline.code_dataset.garbage import collect_garbage
-from pipeline.code_dataset.manifest import is_published, read_manifest
-from pipeline.code_dataset.parts import RowFormat
+from pipeline.code_dataset.manifest import is_published, read_manifest, row_format_of
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
@@ -91,13 +91,14 @@ def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Toke
     root = options.codes.path
     tokenizer = prepare_tokenizer(tokenizer, next(tokenizer.parameters()).device)
     probe = freeze_probe(root, plan.fingerprint, tokenizer, options.codes)
+    description = {**_description(options, plan, tokenizer), "probe": probe}
     job = ShardJob(
         source=source,
         images=options.images,
         codes=options.codes,
         views=tuple(plan.identity["views"]),
         grid=tokenizer.grid(options.images.size),
-        row_format=_row_format(options, plan, tokenizer),
+        row_format=row_format_of(description),
         plan_fingerprint=plan.fingerprint,
         plan_images=ray.put(plan.images),
         tokenizer=options.tokenizer,
@@ -110,7 +111,7 @@ def _write(options: TokenizeOptions, plan: Plan, source: Source, tokenizer: Toke
     publish(
         root,
         receipts,
-        {**_description(options, plan, tokenizer), "probe": probe},
+        description,
         drop_duplicates=options.codes.drop_duplicates,
         remap_unused=options.codes.remap_unused,
         row_group_rows=options.codes.row_group_rows,
@@ -205,16 +206,6 @@ def check_quarantine(root: str, receipts: list[dict[str, Any]], max_fraction: fl
     )
 
 
-def _row_format(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> RowFormat:
-    h, w = tokenizer.grid(options.images.size)
-    return RowFormat(
-        num_codes=h * w,
-        codebook_size=tokenizer.codebook_size,
-        has_labels=bool(plan.identity["class_names"]),
-        conditions=tuple(plan.identity["conditions"]),
-    )
-
-
 def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     identity = plan.identity
     return {
@@ -229,7 +220,7 @@ def _description(options: TokenizeOptions, plan: Plan, tokenizer: Tokenizer) -> 
         },
         "codec": {
             "name": "pack_le",
-            "num_codes": _row_format(options, plan, tokenizer).num_codes,
+            "num_codes": math.prod(tokenizer.grid(options.images.size)),
             "codebook_size": tokenizer.codebook_size,
         },
         "lineage": lineage(),

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from pipeline import storage
+from stages.compvis_project import Project, read_project
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.artefact import CONFIG, WEIGHTS, architecture, encode_artefact, load_tokenizer, read_config
 from stages.first_stage.foreign import DIFFUSERS_WEIGHTS
 from stages.first_stage.import_export import export_tokenizer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import TokenizerConfig
-from stages.project_config import Project, read_project
 
 
 def open_tokenizer(path: str) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of progress."""
+"""Schedules of learning rates and of averages as pure functions of progress."""
 
 import math
 
@@ -23,3 +23,10 @@ def warmup_stable_decay(position: float, warmup: float, total: float, decay: flo
     remaining = max(0.0, total - position)
     falling = floor + (1.0 - floor) * remaining / decay if remaining < decay else 1.0
     return min(warmup_constant(position, warmup), falling)
+
+
+def average_decay(decay: float, num_updates: float) -> float:
+    """Decay of an exponential average at its update of that number, counted from 1. The average follows faster at first, as
+    TensorFlow's ExponentialMovingAverage does.
+    """
+    return min(decay, (1.0 + num_updates) / (10.0 + num_updates))

@@ -30,14 +30,17 @@ def counts_add_up(counts: dict[str, Any], num_views: int, parts: list[dict[str, 
 
 
 def row_format_of(manifest: dict[str, Any]) -> RowFormat:
-    """The format of the version's rows. `codec.remap` lists the codes in use where unused ones are left out."""
+    """The format of the rows of a manifest, or of the description that it is made of.
+
+    `codec.remap` lists the codes in use where unused ones are left out.
+    """
     codec = manifest["codec"]
     remap = codec.get("remap")
     return RowFormat(
         num_codes=codec["num_codes"],
         codebook_size=codec["codebook_size"] if remap is None else len(remap),
         has_labels=bool(manifest["class_names"]),
-        conditions=tuple(column["name"] for column in manifest["columns"] if column["role"] == "condition"),
+        conditions=tuple(manifest["conditions"]),
     )
 
 

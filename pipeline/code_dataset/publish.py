@@ -26,7 +26,7 @@ from pipeline.code_dataset.layout import (
     sha256_hex,
     version_path,
 )
-from pipeline.code_dataset.manifest import counts_add_up, is_published, root_hash
+from pipeline.code_dataset.manifest import counts_add_up, is_published, root_hash, row_format_of
 from pipeline.code_dataset.parts import CODES, DUPLICATES_SCHEMA, IMAGE_ID, LABEL, VIEW, RowFormat, encode_rows
 from pipeline.code_dataset.receipts import put_content
 from stages.errors import ArtefactError
@@ -107,7 +107,7 @@ def _write_content(
     """Writes the files that a version rests on; returns its manifest."""
     plan_fp, num_views = description["plan_fp"], len(description["views"])
     shards = [receipt["part"] for receipt in receipts if receipt["part"] is not None]
-    stored = _stored_format(description)
+    stored = row_format_of(description)
     surveys = survey_shards(root, shards, stored, num_views, run)
     duplicates = find_duplicates(surveys)
     compaction = plan_compaction(
@@ -143,15 +143,6 @@ def _write_content(
         "stats": statistics(histogram),
         "root_hash": root_hash(parts),
     }
-
-
-def _stored_format(description: dict[str, Any]) -> RowFormat:
-    return RowFormat(
-        num_codes=description["codec"]["num_codes"],
-        codebook_size=description["codec"]["codebook_size"],
-        has_labels=bool(description["class_names"]),
-        conditions=tuple(description["conditions"]),
-    )
 
 
 def _codec(compaction: Compaction) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pipeline.code_dataset.parts import CODES, DESCRIBED, IMAGE_ID, LABEL, VIEW
 from pipeline.code_dataset.row_groups import CachedRowGroups, Extent, LocalRowGroups, RowGroups, default_cache_folder
 from pipeline.kernels import gather_bytes, span
 from stages.errors import ArtefactError, StorageError
+from stages.options import CodesOptions
 
-DEFAULT_CACHE_BYTES = 64 << 30
 DESCRIBED_GROUPS = 8  # decoded row groups of the describing columns that stay in memory
 
 
@@ -62,7 +62,7 @@ class CodeDataset:
 
     @staticmethod
     def open(
-        path: str, *, verify: bool, cache_folder: str | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES
+        path: str, *, verify: bool, cache_folder: str | None = None, cache_bytes: int = CodesOptions().cache_bytes
     ) -> "CodeDataset":
         """Opens the newest version.
 

@@ -4,13 +4,14 @@ import functools
 import gzip
 import hashlib
 import os
-import urllib.request
+import tempfile
 import zlib
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.downloads import fetch
 from pipeline.sources.contract import Example, Split, check_listing, listing
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -101,23 +102,22 @@ def _cache_folder() -> str:
 
 
 def _download(name: str, path: str) -> None:
-    try:
-        with urllib.request.urlopen(HOME + name, timeout=60) as response:
-            data = response.read()
-    except OSError as error:
-        raise ConfigError(
-            f"source.name is fashion-mnist, but {HOME + name} cannot be reached ({error}). Install Debian's "
-            f"dataset-fashion-mnist, or put the four IDX files into a folder and set source.path."
-        ) from error
-    if hashlib.md5(data, usedforsecurity=False).hexdigest() != MD5[name]:
-        raise ConfigError(
-            f"source.name is fashion-mnist, but {HOME + name} does not have its published checksum. Try again later."
-        )
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, name)
+        try:
+            fetch(HOME + name, local)
+        except OSError as error:
+            raise ConfigError(
+                f"source.name is fashion-mnist, but {HOME + name} cannot be reached ({error}). Install Debian's "
+                f"dataset-fashion-mnist, or put the four IDX files into a folder and set source.path."
+            ) from error
+        with open(local, "rb") as file:
+            checksum = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+        if checksum != MD5[name]:
+            raise ConfigError(
+                f"source.name is fashion-mnist, but {HOME + name} does not have its published checksum. Try again later."
+            )
+        storage.put_file_if_absent(path, local)
 
 
 @functools.lru_cache(maxsize=4)

@@ -150,7 +150,7 @@ def _open(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(storage.local_copy(file), memory_map=True)
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"source.path leads to {file}, but it is not Parquet ({error}). Remove it.") from error
+        raise ConfigError(f"{file} is one of the files of the source, but it is not Parquet ({error}). Remove it.") from error
 
 
 def _read_row(file: str, row: int, columns: tuple[str, ...]) -> list[bytes | None]:

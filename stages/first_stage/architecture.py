@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.compvis_project import Target, number
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, name_some
 from stages.first_stage.names import is_attention_matrix
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
-from stages.project_config import Target, number
 
 PUBLISHED_RESOLUTION = 256
 GUMBEL = "quantize.proj.weight"  # only CompVis' `GumbelVQ` has it

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from stages.compvis_project import Project
 from stages.errors import ArtefactError, ConfigError
 from stages.files import replace as replace_file
 from stages.first_stage.architecture import build_tokenizer, check_described, infer_config
@@ -24,7 +25,6 @@ from stages.first_stage.foreign import DIFFUSERS_WEIGHTS, INTEGERS, Foreign, nam
 from stages.first_stage.names import FORMATS, count_levels, current, detect_format, is_attention_matrix, renamer
 from stages.first_stage.tokenizer import Tokenizer
 from stages.first_stage.tokenizer_config import PUBLISHED_NORM_GROUPS, TokenizerConfig
-from stages.project_config import Project
 
 logger = logging.getLogger(__name__)
 

@@ -52,8 +52,6 @@ class Lpips(nn.Module):
             self.register_buffer(f"head{i}", head.float().clone())  # type: ignore[union-attr]  # checked
         self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None])
-        self.shift: Tensor
-        self.scale: Tensor
         self.requires_grad_(False)
         self.eval()
 

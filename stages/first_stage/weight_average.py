@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from stages.schedule import average_decay
+
 
 class WeightAverage:
     """Exponential moving average of a module's parameters, with a shorter memory over the first steps.
@@ -21,7 +23,7 @@ class WeightAverage:
     def update(self, module: nn.Module) -> None:
         """Moves the average towards the parameters as they are now."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = average_decay(self.decay, self.num_updates)
         names = list(self.average)
         current = dict(module.named_parameters())
         torch._foreach_lerp_([self.average[n] for n in names], [current[n].detach() for n in names], 1.0 - decay)

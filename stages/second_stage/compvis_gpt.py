@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.compvis_project import NO_CONDITION, Target, number
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, name_some
 from stages.options import ConditioningOptions, ModelOptions
-from stages.project_config import NO_CONDITION, Target, number
 from stages.second_stage.foreign_transformer import (
     Description,
     Names,

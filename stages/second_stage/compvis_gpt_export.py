@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.compvis_project import NO_CONDITION
 from stages.errors import ConfigError
-from stages.project_config import NO_CONDITION
 from stages.second_stage.compvis_gpt import DROPOUTS, FIXED, names
 from stages.second_stage.foreign_transformer import Export, check_buildable, give_named
 from stages.second_stage.transformer import TransformerConfig

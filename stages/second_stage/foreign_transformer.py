@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.compvis_project import Project
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign, name_some
 from stages.options import ConditioningOptions, ModelOptions
-from stages.project_config import Project
 from stages.second_stage.transformer import TransformerConfig
 
 Names = dict[str, tuple[str, ...]]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.compvis_project import Project
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.foreign import Foreign
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import ConditioningOptions, ModelOptions
-from stages.project_config import Project
 from stages.second_stage import compvis_gpt, llamagen_gpt
 from stages.second_stage.foreign_transformer import Request
 from stages.second_stage.transformer import Transformer, TransformerConfig, transformer_config

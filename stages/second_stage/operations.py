@@ -2,7 +2,7 @@
 
 On accelerators they are PyTorch's fused ones. On CPUs several of those are far from what the processor can do, and others that give the
 same values, or in bfloat16 the same to about its rounding, take their place; docs/results/training.md has the measurements. Backward passes
-of our own make way where a compiler looks on, since plain formulas leave it the choice.
+of SwiGLU and rotations of our own make way where a compiler looks on, since plain formulas leave it the choice.
 
 Shapes: B batch, T positions, C width, H heads, D head size.
 """

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from stages.schedule import average_decay
+
 WEIGHT_AVERAGE = "weight_average"
 
 
@@ -11,8 +13,7 @@ class AveragingAdamW(torch.optim.AdamW):
     """torch's fused AdamW with the average of the weights after each step as a third state beside the moments.
 
     DeepSpeed hands an optimizer the flat slice of fp32 weights that its rank owns, and saves, loads and offloads whatever state
-    belongs to it. The average follows faster at first: the decay of step t is min(decay, (1 + t) / (10 + t)), as in TensorFlow's
-    ExponentialMovingAverage.
+    belongs to it. The average follows faster at first, see `average_decay`.
 
     Args:
         groups: parameter groups as for AdamW.
@@ -41,6 +42,5 @@ class AveragingAdamW(torch.optim.AdamW):
                 if WEIGHT_AVERAGE not in state:
                     state[WEIGHT_AVERAGE] = weight.detach().clone()
                     continue
-                num_steps = float(state["step"])
-                decay = min(self.average_decay, (1.0 + num_steps) / (10.0 + num_steps))
+                decay = average_decay(self.average_decay, float(state["step"]))
                 state[WEIGHT_AVERAGE].lerp_(weight.detach(), 1.0 - decay)

@@ -152,6 +152,14 @@ def test_the_command_takes_several_files_and_a_gpu(tmp_path, capsys):
     assert {"on H200 at 30% of its peak", "to finish in 1 hours"} <= set(plan["derived"])
 
 
+@pytest.mark.parametrize("override", ["evaluation.extractor=no_such.module:Class", "evaluation.metrics=[beauty]"])
+def test_the_command_refuses_what_cannot_be_measured(override, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("source: {name: scenes, num_images: 100}\n")
+    assert ray_job.main(["plan", "-c", str(path), override]) == 2
+    assert override.partition("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "sections, words",
     [

@@ -1,8 +1,8 @@
-"""Learning-rate schedules at the places that define them."""
+"""Schedules at the places that define them."""
 
 import pytest
 
-from stages.schedule import warmup_constant, warmup_cosine, warmup_stable_decay
+from stages.schedule import average_decay, warmup_constant, warmup_cosine, warmup_stable_decay
 
 
 def test_all_rise_linearly():
@@ -26,3 +26,8 @@ def test_wsd_is_constant_until_it_falls_linearly():
 
 def test_a_short_run_does_not_exceed_its_warmup():
     assert warmup_stable_decay(5, 10, 12, 20, 0.0) == pytest.approx(7 / 20)
+
+
+def test_an_average_follows_faster_at_first():
+    assert [average_decay(0.999, n) for n in (1, 10, 100_000)] == pytest.approx([2 / 11, 11 / 20, 0.999])
+    assert average_decay(0.0, 1) == 0.0, "follows at once"

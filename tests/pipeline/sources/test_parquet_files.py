@@ -157,7 +157,7 @@ def test_no_path_a_missing_one_and_a_file_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="there are no .parquet files"):
         source_at(tmp_path / "nowhere")
     (tmp_path / "a.parquet").write_bytes(b"PAR2 and more text")
-    with pytest.raises(ConfigError, match="it is not Parquet"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}/a.parquet is one of the files of the source, but it is not Parquet"):
         source_at(tmp_path)
 
 

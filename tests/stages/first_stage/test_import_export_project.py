@@ -8,10 +8,10 @@ import yaml
 from foreign_support import foreign, tokenizer
 
 from pipeline.tokenizers import store_tokenizer
+from stages.compvis_project import read_project
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.artefact import fingerprint, load_tokenizer
 from stages.first_stage.import_export import export_tokenizer, import_tokenizer
-from stages.project_config import read_project
 
 NETWORK = dict(
     double_z=False,

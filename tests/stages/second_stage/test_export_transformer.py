@@ -11,10 +11,10 @@ from foreign_support import tokenizer
 from llamagen_support import LlamaGenGpt, randomise
 from oracles import taming
 
+from stages.compvis_project import read_project
 from stages.errors import ConfigError
 from stages.first_stage.foreign import read_foreign
 from stages.options import ConditioningOptions, ModelOptions
-from stages.project_config import read_project
 from stages.second_stage.export_transformer import FILES, export_transformer
 from stages.second_stage.import_transformer import take_transformer
 from stages.second_stage.transformer import Transformer, transformer_config

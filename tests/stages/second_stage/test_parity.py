@@ -9,10 +9,10 @@ from foreign_support import tokenizer
 from llamagen_support import LlamaGenGpt, randomise
 from oracles import taming
 
+from stages.compvis_project import Project, Target
 from stages.errors import TesseraError
 from stages.first_stage.foreign import Foreign
 from stages.options import SamplingOptions
-from stages.project_config import Project, Target
 from stages.second_stage.import_transformer import take_transformer
 from stages.second_stage.sampling import draw, sample_group, uniforms
 from stages.second_stage.transformer import KVCache, Transformer

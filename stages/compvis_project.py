@@ -64,7 +64,7 @@ def read_project(path: str) -> Project:
 
 
 def number(target: Target, key: str, path: str, default: int | None = None) -> int | None:
-    """A parameter that must be a positive integer, or the default where the file does not give it.
+    """A parameter that must be a whole number, 0 or more, or the default where the file does not give it.
 
     Raises:
         ConfigError: it is something else, such as an interpolation.

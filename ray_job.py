@@ -191,8 +191,8 @@ def run_evaluate(args: argparse.Namespace) -> Any:
 
 def run_reference(args: argparse.Namespace) -> Any:
     from cluster.runtime import connected
+    from evaluation.reference_features import ReferenceOptions
     from evaluation.reference_job import make_references
-    from evaluation.references import ReferenceOptions
     from pipeline.job_options import select
 
     options = select(ReferenceOptions, checked_config(args))

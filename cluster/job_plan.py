@@ -19,6 +19,7 @@ from stages.first_stage.tokenizer_config import TokenizerConfig, num_norm_groups
 from stages.options import (
     Config,
     DeepSpeedOptions,
+    EvaluationOptions,
     ScalingOptions,
     TokenizerOptions,
     TokenizerTrainOptions,
@@ -44,10 +45,15 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95]."
         )
-    if config.evaluation.num_blocks > config.evaluation.num_samples:
+    check_num_samples(config.evaluation)
+
+
+def check_num_samples(evaluation: EvaluationOptions) -> None:
+    """Refuses fewer samples than error bars need."""
+    if evaluation.num_samples < 2 * evaluation.num_blocks:
         raise ConfigError(
-            f"evaluation.num_blocks is {config.evaluation.num_blocks}, but it must be at most evaluation.num_samples = "
-            f"{config.evaluation.num_samples}. Lower it."
+            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
+            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
         )
 
 

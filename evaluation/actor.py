@@ -24,7 +24,7 @@ from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import FeatureKey, MetricPlan
 from evaluation.pool import ActorPool, run_items
 from evaluation.reference import StoredReference
-from evaluation.references import Call, ReferenceImages, kept_features, references_of, run_self_tests
+from evaluation.reference_features import Call, ReferenceImages, kept_features, references_of, run_self_tests
 from evaluation.resources import actor_options
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates

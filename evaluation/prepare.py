@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.checkpoints import SAMPLED_FROM, Commit, resolve_checkpoint
+from cluster.job_plan import check_num_samples
 from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
@@ -20,7 +21,7 @@ from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, check_metrics_fit, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.reference import choose_images, images_identity
-from evaluation.references import PreparedReferences, ReferenceOptions, prepare_references
+from evaluation.reference_features import PreparedReferences, ReferenceOptions, prepare_references
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
@@ -85,11 +86,7 @@ class Preparation:
 def prepare(options: EvaluateOptions) -> Preparation:
     """Opens, checks and chooses everything, before any actor starts. Raises what `evaluate` raises."""
     evaluation, images = options.evaluation, options.images
-    if evaluation.num_samples < 2 * evaluation.num_blocks:
-        raise ConfigError(
-            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
-            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
-        )
+    check_num_samples(evaluation)
     commit = resolve_checkpoint(options.checkpoint, options.run.path, SAMPLED_FROM) if options.checkpoint is not None else None
     tokenizer = open_tokenizer(options.tokenizer.path)
     _check_tokenizer(options, tokenizer)

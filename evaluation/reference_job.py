@@ -12,7 +12,7 @@ from evaluation.feature_actor import FeatureActor
 from evaluation.metrics import MetricPlan, plan_metrics
 from evaluation.pool import MAX_ATTEMPTS
 from evaluation.reference import LAYOUT, statistics_npz
-from evaluation.references import (
+from evaluation.reference_features import (
     Call,
     ReferenceImages,
     ReferenceOptions,
@@ -41,7 +41,7 @@ def make_references(options: ReferenceOptions, output_path: str | None = None) -
 
     Raises:
         ConfigError: nothing to make, or several extractors for one file.
-        ArtefactError, TesseraError: see `evaluation.references`.
+        ArtefactError, TesseraError: see `evaluation.reference_features`.
     """
     evaluation = options.evaluation
     plan = plan_metrics(evaluation)

@@ -11,7 +11,7 @@ from cluster.sample_job import SampleJobOptions
 from cluster.tokenizer_options import TokenizerJobOptions
 from cluster.train_options import TrainJobOptions
 from evaluation.evaluate import EvaluateOptions
-from evaluation.references import ReferenceOptions
+from evaluation.reference_features import ReferenceOptions
 from pipeline.job_options import PATHS
 from pipeline.sources.map_files import MAP_KEYS
 from pipeline.tokenize_images import TokenizeOptions

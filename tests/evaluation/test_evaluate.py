@@ -26,8 +26,8 @@ from evaluation.feature_actor import read_view
 from evaluation.prepare import open_training_codes
 from evaluation.records import list_records, read_record, write_record
 from evaluation.reference import reference_path
+from evaluation.reference_features import ReferenceOptions
 from evaluation.reference_job import make_references
-from evaluation.references import ReferenceOptions
 from evaluation.resources import reserved
 from pipeline.code_dataset import CodeDataset
 from pipeline.sources import open_source

@@ -18,8 +18,8 @@ from s3_support import BUCKET, Server
 
 from evaluation.evaluate import evaluate
 from evaluation.records import list_records, read_record, record_id, record_path, write_record
+from evaluation.reference_features import ReferenceOptions
 from evaluation.reference_job import make_references
-from evaluation.references import ReferenceOptions
 from stages.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]

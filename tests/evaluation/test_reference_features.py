@@ -5,7 +5,7 @@ import pytest
 
 from evaluation.estimates import fair_choice
 from evaluation.reference import load_reference
-from evaluation.references import ReferenceImages, references_of
+from evaluation.reference_features import ReferenceImages, references_of
 from stages.errors import TesseraError
 
 FEW, MANY, NONE = ("x", "few"), ("x", "many"), ("x", "none")

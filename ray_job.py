@@ -43,6 +43,7 @@ def _checkpoint(args: argparse.Namespace) -> str:
 
 def run_plan(args: argparse.Namespace) -> Any:
     from cluster.job_plan import derive, render, stored_tokenizer
+    from evaluation.estimates import check_num_samples
     from evaluation.metrics import plan_metrics
     from pipeline.inputs import needed_maps
     from pipeline.job_options import check_reachable_paths
@@ -52,6 +53,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     check_reachable_paths("source", config.source)
     check_reachable_paths("tokenizer", config.tokenizer)
     plan_metrics(config.evaluation)
+    check_num_samples(config.evaluation)
     tokenizer = stored_tokenizer(config)
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(

@@ -155,10 +155,12 @@ def _read_commit(folder: str) -> Commit:
         content = json.loads(data)
     except ValueError as error:
         raise _DamagedCommit(f"{path} is damaged ({error}), but it must be JSON. Use another checkpoint.") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise _DamagedCommit(f"{path} is damaged: it is not a commit. Use another checkpoint.")
     found = _content_hash(content)
-    if content.get("sha256", found) != found:  # early commits do not have it
+    if content.get("sha256", found) != found:  # it is optional
         raise _DamagedCommit(f"{path} is damaged: its sha-256 is not {content['sha256']}. Use another checkpoint.")
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+    if content.get("format_version") != FORMAT_VERSION:
         raise ArtefactError(
             f"{path} is not a checkpoint of format version {FORMAT_VERSION}, but it must be. Use another checkpoint."
         )
@@ -198,7 +200,7 @@ def list_commits(run_path: str, problems: list[str] | None = None) -> list[Commi
         problems: gets what is wrong with damaged ones; logged in any case.
 
     Raises:
-        ArtefactError: all are damaged, or one is of another format.
+        ArtefactError: one is of another format version; or all are damaged, and that is not what is asked for.
     """
     commits, damaged = [], []
     for path in storage.list_files(storage.join(run_path, "checkpoints"), suffix=COMMIT):
@@ -209,10 +211,10 @@ def list_commits(run_path: str, problems: list[str] | None = None) -> list[Commi
         except _DamagedCommit as error:
             logger.error("%s", error)
             damaged.append(str(error))
-    if damaged and not commits:
-        raise _all_damaged(run_path)
     if problems is not None:
         problems += damaged
+    elif damaged and not commits:
+        raise _all_damaged(run_path)
     return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
 
 
@@ -244,7 +246,7 @@ def latest_commit(run_path: str, names: Collection[str] | None = None) -> Commit
 
 def _all_damaged(run_path: str) -> ArtefactError:
     return ArtefactError(
-        f"The checkpoints of {run_path} are all damaged; the log says how. Restore one, or use another folder to start anew."
+        f"The checkpoints of {run_path} are all damaged; the log says how. Restore one; a training can start anew in another folder."
     )
 
 

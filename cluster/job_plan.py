@@ -19,7 +19,6 @@ from stages.first_stage.tokenizer_config import TokenizerConfig, num_norm_groups
 from stages.options import (
     Config,
     DeepSpeedOptions,
-    EvaluationOptions,
     ScalingOptions,
     TokenizerOptions,
     TokenizerTrainOptions,
@@ -44,16 +43,6 @@ def check_config(config: Config) -> None:
     if len(config.optim.betas) != 2:
         raise ConfigError(
             f"optim.betas is {list(config.optim.betas)}, but AdamW takes two numbers. Write e.g. [0.9, 0.95]."
-        )
-    check_num_samples(config.evaluation)
-
-
-def check_num_samples(evaluation: EvaluationOptions) -> None:
-    """Refuses fewer samples than error bars need."""
-    if evaluation.num_samples < 2 * evaluation.num_blocks:
-        raise ConfigError(
-            f"evaluation.num_samples is {evaluation.num_samples}, but the error bars need two per block of "
-            f"evaluation.num_blocks ({evaluation.num_blocks}). Raise it to {2 * evaluation.num_blocks}."
         )
 
 

@@ -4,17 +4,14 @@ import logging
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cluster import checkpoints, universal
 from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
-from cluster.rank_messages import work_together
+from cluster.node_folder import fetched, node_folder
 from cluster.train_options import TrainJobOptions
 from pipeline import storage
 from pipeline.binding import encoding_of
@@ -22,7 +19,7 @@ from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import ConditionCodes
 from pipeline.order import SAMPLER_VERSION
 from stages.config import to_dict
-from stages.errors import ArtefactError, TesseraError
+from stages.errors import ArtefactError
 from stages.second_stage.transformer import TransformerConfig
 
 logger = logging.getLogger(__name__)
@@ -147,13 +144,13 @@ def load_commit(engine: Any, commit: checkpoints.Commit, keep_alive: Callable[[]
     """
     device = engine.device
     if commit.is_imported:
-        with _fetched(commit, lambda ranks: [WEIGHTS], device, keep_alive) as folder:
+        with fetched(commit, lambda ranks: [WEIGHTS], device, keep_alive) as folder:
             universal.load_weights(engine, os.path.join(folder, WEIGHTS))
         return
     saved = (commit.content["world_size"], commit.content["zero_stage"])
     ours = (dist.get_world_size(), engine.zero_optimization_stage())
     if saved == ours or saved[1] == ours[1] == 0:
-        with _fetched(commit, lambda ranks: read_on(commit, ranks), device, keep_alive) as folder:
+        with fetched(commit, lambda ranks: read_on(commit, ranks), device, keep_alive) as folder:
             loaded, _ = engine.load_checkpoint(folder, tag=SHARDS)
         if loaded is None:
             raise ArtefactError(
@@ -161,7 +158,7 @@ def load_commit(engine: Any, commit: checkpoints.Commit, keep_alive: Callable[[]
             )
         return
     logger.info("Converting %s from world size %d and ZeRO stage %d to %d and %d", commit.path, *saved, *ours)
-    with _node_folder(lambda folder, ranks: _make_universal(commit, folder), device, keep_alive) as folder:
+    with node_folder(lambda folder, ranks: _make_universal(commit, folder), device, keep_alive) as folder:
         source = _source(commit, folder)
         averages = os.path.join(source, AVERAGES) if commit.has(AVERAGES) else None
         weights, converted = os.path.join(source, WEIGHTS), os.path.join(folder, UNIVERSAL)
@@ -173,57 +170,6 @@ def read_on(commit: checkpoints.Commit, ranks: Collection[int]) -> list[str]:
     names = [entry["path"] for entry in commit.content["files"] if entry["path"].startswith(f"{SHARDS}/")]
     owners = [(name, re.search(r"pp_rank_(\d+)_", name)) for name in names]
     return [name for name, owner in owners if owner is None or int(owner[1]) in ranks]
-
-
-@contextmanager
-def _fetched(
-    commit: checkpoints.Commit,
-    names: Callable[[Collection[int]], list[str]],
-    device: torch.device,
-    keep_alive: Callable[[], None],
-) -> Iterator[str]:
-    """A local folder with the files of a commit that the ranks of this node need."""
-    if storage.is_local(commit.path):
-        yield commit.path
-        return
-    with _node_folder(lambda folder, ranks: checkpoints.download(commit, folder, names(ranks)), device, keep_alive) as folder:
-        yield folder
-
-
-@contextmanager
-def _node_folder(
-    fill: Callable[[str, Collection[int]], None], device: torch.device, keep_alive: Callable[[], None]
-) -> Iterator[str]:
-    """A local folder that is filled once per node, given the node's ranks, and removed when they have read it. Every rank must call it.
-
-    Raises:
-        TesseraError: on every rank, when it could not be filled on some node.
-    """
-    node, rank = os.environ.get("NODE_RANK", "0"), dist.get_rank()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, node)
-    ranks = [other for other, place in enumerate(everyone) if place == node]
-    made = tempfile.mkdtemp(prefix="tessera-resume-") if ranks[0] == rank else None
-    try:
-        error = work_together(lambda: None if made is None else _fault(fill, made, ranks), device, keep_alive)
-        dist.all_gather_object(everyone, (made, error))
-        for _, fault in everyone:
-            if fault is not None:
-                raise fault
-        yield everyone[ranks[0]][0]
-        dist.barrier()  # no rank of the node reads any more
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def _fault(fill: Callable[[str, Collection[int]], None], folder: str, ranks: Collection[int]) -> TesseraError | None:
-    """Fills a folder; returns the error, so that other ranks can be told."""
-    try:
-        fill(folder, ranks)
-    except TesseraError as error:
-        return error
-    return None
 
 
 def _source(commit: checkpoints.Commit, folder: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster import checkpoints, run_log
 from cluster.checkpointer import Checkpointer
 from cluster.history import History
+from cluster.node_folder import fetched
 from cluster.rank_messages import broadcast
 from cluster.step_timer import StepTimer
 from cluster.tokenizer_history import TrainingInputs, check_resumable, commit_facts, image_reader
@@ -73,7 +74,7 @@ def _run(
     timer: StepTimer,
 ) -> None:
     train, run_path, began = options.tokenizer_train, training_path(options.tokenizer.path), time.monotonic()
-    stage = TokenizerStage(options, inputs)
+    stage = TokenizerStage(options, inputs, keep_alive=watchdog.feed)
     attempt = broadcast(checkpoints.new_attempt())
     facts = commit_facts(options, inputs, stage.world_size)
     metrics = TrainMetrics(
@@ -119,10 +120,16 @@ def _run(
 
 
 class TokenizerStage:
-    """What a first-stage run trains: the tokenizer and its adversary, on one rank's images."""
+    """What a first-stage run trains: the tokenizer and its adversary, on one rank's images.
 
-    def __init__(self, options: TokenizerJobOptions, inputs: TrainingInputs):
-        self.options, self.inputs = options, inputs
+    Args:
+        options: of the job.
+        inputs: images and networks, prepared by the driver.
+        keep_alive: called while a checkpoint is fetched, as long as all ranks live.
+    """
+
+    def __init__(self, options: TokenizerJobOptions, inputs: TrainingInputs, keep_alive: Callable[[], None]):
+        self.options, self.inputs, self.keep_alive = options, inputs, keep_alive
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = get_device()
         self.trainer = self._build_trainer()
@@ -233,7 +240,7 @@ class TokenizerStage:
 
     def load(self, commit: checkpoints.Commit) -> None:
         check_resumable(commit, self.options, self.inputs)
-        with checkpoints.local_folder(commit, [STATE]) as folder:
+        with fetched(commit, lambda ranks: [STATE], self.device, self.keep_alive) as folder:
             state = torch.load(os.path.join(folder, STATE), map_location=self.device, weights_only=True)
         self.trainer.load_state_dict(state)
         if self.rank != 0:

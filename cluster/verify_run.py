@@ -25,7 +25,7 @@ def verify_run(run_path: str) -> list[str]:
     problems: list[str] = []
     commits = checkpoints.list_commits(run_path, problems)
     if not commits:
-        return [f"{run_path} has no committed checkpoint"]
+        return problems or [f"{run_path} has no committed checkpoint"]
     for commit in commits:
         found = checkpoints.commit_problems(commit)
         if checkpoints.is_there(commit):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from stages.options import ScalingOptions
 logger = logging.getLogger(__name__)
 
 ELASTIC_START_SECONDS = 60
+RETRY_SECONDS = 5.0
 
 
 class _Trainer(TorchTrainer):
@@ -119,29 +121,42 @@ def run_to_the_end(
     stop = StopRequest()
     with stop.on_sigterm():
         while True:
-            step_before = _step(run_path)
+            step_before = _step(run_path, scaling)
             try:
                 run_workers(worker, options, scaling, storage.join(run_path, "ray"), stop=stop)
             except (ray.train.TrainingFailedError, StorageError) as error:
-                if stop.is_made or _step(run_path) <= step_before:
+                if stop.is_made or _step(run_path, scaling) <= step_before:
                     raise
                 logger.warning(
                     "The workers failed too often, but committed since they started: starting again. %s", error
                 )
                 continue
-            newest = checkpoints.newest_commit(run_path)
+            newest = _newest_commit(run_path, scaling)
             if newest is not None and newest.step >= num_steps:
                 return newest
             if stop.is_made:
                 raise Stopped(
-                    f"SIGTERM ended the run at step {_step(run_path)} of {num_steps}, which is committed. Run the same command "
+                    f"SIGTERM ended the run at step {_step(run_path, scaling)} of {num_steps}, which is committed. Run the same command "
                     f"again: it goes on from there."
                 )
 
 
-def _step(run_path: str) -> int:
-    commit = checkpoints.newest_commit(run_path)
+def _step(run_path: str, scaling: ScalingOptions) -> int:
+    commit = _newest_commit(run_path, scaling)
     return 0 if commit is None else commit.step
+
+
+def _newest_commit(run_path: str, scaling: ScalingOptions) -> checkpoints.Commit | None:
+    """The run's newest commit; a store that fails is asked again, for as long as a worker may hang."""
+    deadline = time.monotonic() + scaling.hang_timeout_seconds
+    while True:
+        try:
+            return checkpoints.newest_commit(run_path)
+        except StorageError as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("Asking again: %s", error)
+            time.sleep(RETRY_SECONDS)
 
 
 def check_workers_fit(scaling: ScalingOptions, needs_data_cpu: bool) -> None:

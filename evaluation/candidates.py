@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Candidate:
     def choose(self) -> EvaluateOptions | None:
         """How to evaluate the checkpoint it is now; None where the best one is the newest, or no validation was measured.
 
-        A newest checkpoint that is damaged is passed over, as everywhere. Raises ArtefactError: a commit is damaged.
+        A newest checkpoint that is damaged is passed over, as everywhere. Raises ArtefactError: all are.
         """
         options = _options_of(self.run, self.options)
         if not self.is_best:
@@ -65,20 +66,26 @@ def find_runs(roots: Sequence[str]) -> dict[str, float]:
 
 
 def _runs_below(root: str) -> Iterator[tuple[str, float]]:
-    newest: dict[str, str] = {}
+    folders: defaultdict[str, list[str]] = defaultdict(list)
     for path in storage.list_files(root, suffix=f"/{checkpoints.COMMIT}"):
         run, separator, rest = path.rpartition("/checkpoints/")
         if separator and rest.count("/") == 1:
-            newest[run] = path  # in order of name, which is that of the steps
-    for run, path in newest.items():
+            folders[run].append(path.rpartition("/")[0])  # in order of name, which is that of the steps
+    for run, found in folders.items():
+        newest = _newest_readable(found)
+        if newest is None:
+            yield run, 0.0  # all are damaged: its evaluation fails by name
+        elif "transformer" in newest.content:  # which the training of a tokenizer does not have
+            yield run, newest.content["created_at"]
+
+
+def _newest_readable(folders: Sequence[str]) -> checkpoints.Commit | None:
+    for folder in reversed(folders):
         try:
-            content = checkpoints.open_commit(path.rpartition("/")[0]).content
+            return checkpoints.open_commit(folder)
         except ArtefactError:
-            yield run, 0.0  # damaged: its evaluation fails by name
-        else:
-            # The training of a tokenizer has commits too, but no transformer in them.
-            if "transformer" in content:
-                yield run, content["created_at"]
+            pass  # who evaluates the run says so
+    return None
 
 
 def find_candidates(options: EvaluateOptions, roots: Sequence[str], best: bool) -> list[Candidate]:

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from stages.errors import ConfigError
+from stages.options import EvaluationOptions
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -68,6 +71,15 @@ def jackknife(
         # At most half of it can be from pairs.
         variance = max(variance - float(np.mean(interactions**2)) / (2 * (1 + 2 / k)), variance / 2)
     return Estimate(value, num_samples, float(np.sqrt(variance)), k * value - (k - 1) * mean)
+
+
+def check_num_samples(options: EvaluationOptions) -> None:
+    """Refuses with ConfigError fewer samples than error bars need."""
+    if options.num_samples < 2 * options.num_blocks:
+        raise ConfigError(
+            f"evaluation.num_samples is {options.num_samples}, but the error bars need two per block of evaluation.num_blocks "
+            f"({options.num_blocks}). Raise it to {2 * options.num_blocks}."
+        )
 
 
 def assign_blocks(num_images: int, num_blocks: int) -> np.ndarray:

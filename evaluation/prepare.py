@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.checkpoints import SAMPLED_FROM, Commit, resolve_checkpoint
-from cluster.job_plan import check_num_samples
 from cluster.sampler_actor import open_sampled_conditions
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
+from evaluation.estimates import check_num_samples
 from evaluation.extractors import Extractor, distance_name, open_extractor, output_width
 from evaluation.feature_actor import VIEW
 from evaluation.gaussian_metric import FrechetDistance

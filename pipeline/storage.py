@@ -114,20 +114,26 @@ def read_chunks(path: str) -> Iterator[bytes]:
 
 
 @on_store
-def list_files(path: str, suffix: str = "") -> list[str]:
+def list_files(path: str, suffix: str = "", *, follow_links: bool = False) -> list[str]:
     """Every finished file below a folder that ends in `suffix`, full paths, sorted; empty when there is no such folder.
 
-    Links to folders are followed. Raises StorageError when a folder cannot be listed.
+    Args:
+        path: the folder.
+        suffix: of the names.
+        follow_links: whether to list local folders that links lead to, too; see `_walk`.
+
+    Raises:
+        StorageError: a folder cannot be listed.
     """
-    found = _walk(path) if is_local(path) else (S3 + name for name in _fs().find(path))
+    found = _walk(path, follow_links) if is_local(path) else (S3 + name for name in _fs().find(path))
     return sorted(name for name in found if _is_finished(name, path) and name.endswith(suffix))
 
 
 @on_store
-def list_sizes(path: str) -> dict[str, int]:
+def list_sizes(path: str, *, follow_links: bool = False) -> dict[str, int]:
     """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing."""
     if is_local(path):
-        return {name: os.path.getsize(name) for name in list_files(path)}
+        return {name: os.path.getsize(name) for name in list_files(path, follow_links=follow_links)}
     found = {S3 + name: info["size"] for name, info in _fs().find(path, detail=True).items()}
     return {name: found[name] for name in sorted(found) if _is_finished(name, path)}
 
@@ -142,37 +148,43 @@ def list_temporary_files(path: str, older_than: float) -> list[str]:
     if not is_local(path):
         return []
     return sorted(
-        name for name in _walk(path) if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than
+        name for name in _walk(path, False) if os.path.basename(name).startswith(TEMPORARY) and modified_time(name) < older_than
     )
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Every file below a local folder, none when there is no such folder. Links to folders are followed, but never in a circle.
+def _walk(root: str, follow_links: bool) -> Iterator[str]:
+    """Every file below a local folder, none when there is no such folder.
 
-    Args:
-        folder: to list.
-        above: device and inode of the folders that lead to it.
+    A link to a folder is followed, where that is asked for, but not to what is below the root anyhow, to what the root is below, or to
+    where another link has led: no file is listed twice.
 
     Raises:
         StorageError: a folder cannot be listed; what would be missed could be lost.
     """
+    here, led_to, waiting = f"{os.path.realpath(root)}/", set(), [root]
+    while waiting:
+        for path, is_folder, is_link in _scan(waiting.pop()):
+            if not is_folder:
+                yield path
+            elif not is_link:
+                waiting.append(path)
+            elif follow_links:
+                there = f"{os.path.realpath(path)}/"
+                if there not in led_to and not there.startswith(here) and not here.startswith(there):
+                    led_to.add(there)
+                    waiting.append(path)
+
+
+def _scan(folder: str) -> list[tuple[str, bool, bool]]:
+    """The entries of a local folder in order of name: path, whether it is or leads to a folder, whether it is a link."""
     try:
-        status = os.stat(folder)
-        place = status.st_dev, status.st_ino
-        if place in above:
-            return
-        entries = [(entry.path, entry.is_dir()) for entry in os.scandir(folder)]
+        return sorted((entry.path, entry.is_dir(), entry.is_symlink()) for entry in os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return []
     except OSError as error:
         raise StorageError(
             f"path is {folder}, but it cannot be listed ({error}). Let this user read it, or name a folder without it."
         ) from error
-    for path, is_folder in entries:
-        if is_folder:
-            yield from _walk(path, (*above, place))
-        else:
-            yield path
 
 
 @on_store

@@ -149,9 +149,9 @@ class CachedRowGroups:
         missing = [group for group in wanted if not self.addresses[group]]
         self.prefetch(missing)
         for group in missing:
-            self._maps[group] = mapped = self._ahead.pop(group).result()
-            self._sizes[group] = len(mapped)
-            self.addresses[group] = np.frombuffer(mapped, np.uint8).ctypes.data
+            if self._ahead[group].exception() is not None:  # known once it is there
+                self._ahead.pop(group).result()
+        self._keep_fetched()
         for group in wanted:
             self._sizes.move_to_end(group)
         self._evict(keep=len(wanted))
@@ -170,6 +170,16 @@ class CachedRowGroups:
         return os.path.join(
             self._folder, f"{xxhash.xxh3_64_hexdigest(extent.path.encode())}-{extent.offset}-{extent.xxh3_64}"
         )
+
+    def _keep_fetched(self) -> None:
+        """Takes over what was fetched, asked for or not yet. What failed stays until it is asked for."""
+        with self._lock:
+            done = [group for group, future in self._ahead.items() if future.done() and future.exception() is None]
+            fetched = {group: self._ahead.pop(group).result() for group in done}
+        for group, mapped in fetched.items():
+            self._maps[group], self._sizes[group] = mapped, len(mapped)
+            self._sizes.move_to_end(group)
+            self.addresses[group] = np.frombuffer(mapped, np.uint8).ctypes.data
 
     def _find_files(self) -> OrderedDict[int, int]:
         """Bytes of the column's files that are there, by group, the oldest first. What dead processes left half written goes."""

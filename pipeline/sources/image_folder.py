@@ -1,9 +1,9 @@
 """Image files: one folder per class, one flat folder, or a list file. Local or s3://."""
 
+import functools
 import os
 import posixpath
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +35,6 @@ class ImageFolder:
             raise ConfigError("source.path is not set, but image-folder reads files. Name a folder or a list file.")
         self.options = options
         root, holdout_root = _root_folder(options.path), _root_folder(options.holdout_path or options.path)
-        # A store lists files with their sizes, slowly; on a disk every size is a call, which may not be needed.
-        is_in_store = not _is_list(options.path) and not storage.is_local(root)
-        self._listed = {root: storage.list_sizes(root)} if is_in_store else {}
-        self.class_names = tuple(sorted({name for _, name in _entries("source.path", options.path, self._listed.get(root)) if name}))
         if options.holdout_maps and root == holdout_root:
             raise ConfigError(
                 f"source.holdout_maps is {list(options.holdout_maps)}, but held-out images lie in {root}, as the others do. Name the "
@@ -53,8 +49,10 @@ class ImageFolder:
                         f"Move the maps beside it, or name the images by a list file."
                     )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listed": {}}  # tasks that read list nothing
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the training images. Who only reads images need not list them for it."""
+        return _class_names(_entries("source.path", str(self.options.path)))
 
     def list_images(self, split: Split) -> pa.Table:
         key, path = split_path(self.options, split)
@@ -68,8 +66,10 @@ class ImageFolder:
     def _table(self, key: str, path: str) -> pa.Table:
         root = _root_folder(path)
         is_list = _is_list(path)
-        sizes = {} if is_list else self._listed.pop(root, {}) or storage.list_sizes(root)
+        sizes = {} if is_list else storage.list_sizes(root, follow_links=True)
         entries = _entries(key, path, sizes)
+        if path == self.options.path:
+            self.class_names = _class_names(entries)  # a store is slow to list again
         if is_list:
             sizes = {image: os.path.getsize(image) for image, _ in entries if os.path.isfile(image)}
         numbers = {name: i for i, name in enumerate(self.class_names)}
@@ -112,7 +112,11 @@ def _entries(key: str, path: str, files: Iterable[str] | None = None) -> list[En
     """Entries of a list file, or of a folder with these files; it is listed if they are not given."""
     if _is_list(path):
         return _list_file_entries(key, path)
-    return _folder_entries(key, path, storage.list_files(_root_folder(path)) if files is None else files)
+    return _folder_entries(key, path, storage.list_files(_root_folder(path), follow_links=True) if files is None else files)
+
+
+def _class_names(entries: Iterable[Entry]) -> tuple[str, ...]:
+    return tuple(sorted({name for _, name in entries if name}))
 
 
 def _folder_entries(key: str, path: str, files: Iterable[str]) -> list[Entry]:

@@ -114,7 +114,7 @@ class MapFolder:
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, by its path relative to the folder and without suffix. ConfigError when two differ in their suffix only."""
         sizes: dict[str, int] = {}
-        for path, size in storage.list_sizes(self.folder).items():
+        for path, size in storage.list_sizes(self.folder, follow_links=True).items():
             stem = _stem(path.removeprefix(self.folder + "/"))
             if not path.endswith(MAP_SUFFIXES):
                 continue

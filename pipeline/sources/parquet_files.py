@@ -74,7 +74,7 @@ def _rows(key: str, path: str, maps: tuple[str, ...]) -> pa.Table:
     """Listing of every row of every file, in the order of the files. Labels are all there or all null; columns of maps are there."""
     root = storage.absolute(path)
     is_file = root.endswith(".parquet") and storage.exists(root)
-    files = [root] if is_file else storage.list_files(root, suffix=".parquet")
+    files = [root] if is_file else storage.list_files(root, suffix=".parquet", follow_links=True)
     if not files:
         raise ConfigError(f"{key} is {path}, but there are no .parquet files. Name a file or a folder with some.")
     folder = posixpath.dirname(root) if is_file else root

@@ -95,6 +95,11 @@ def num_condition_tokens(options: ConditioningOptions) -> int:
         return options.num_tokens or 1
     cls = import_named("conditioning.name", options.name, CONDITIONINGS)
     num_tokens = getattr(cls, "num_prefix_tokens", Conditioning.num_prefix_tokens)
+    if not isinstance(num_tokens, int):
+        raise ConfigError(
+            f"conditioning.name is {options.name} with num_prefix_tokens {num_tokens!r}, but positions are laid out before there is a "
+            f"module. Make it an attribute of the class, a number."
+        )
     if options.num_tokens not in (None, num_tokens):
         raise ConfigError(
             f"conditioning.num_tokens is {options.num_tokens}, but conditioning.name={options.name} has {num_tokens} per image. "

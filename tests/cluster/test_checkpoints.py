@@ -6,6 +6,7 @@ import os
 import pytest
 
 from cluster import checkpoints
+from cluster.verify_run import verify_run
 from pipeline import storage
 from stages.errors import ArtefactError, StorageError
 
@@ -55,14 +56,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, damage, caplog):
         checkpoints.resolve_checkpoint(os.path.dirname(path), run)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "another step"])
+DAMAGES = {
+    "cut off": lambda text: text[:40],
+    "another step": lambda text: text.replace('"step": 20', '"step": 30'),
+    "empty": lambda text: "{}",
+    "no object": lambda text: "null",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_commit_file_is_passed_over_and_named(run, damage, caplog):
     make(run, 10)
     path = os.path.join(make(run, 20).path, checkpoints.COMMIT)
     with open(path) as file:
         text = file.read()
     with open(path, "w") as file:
-        file.write(text[:40] if damage == "cut off" else text.replace('"step": 20', '"step": 30'))
+        file.write(DAMAGES[damage](text))
     assert checkpoints.latest_commit(run).step == checkpoints.newest_commit(run).step == 10
     assert path in caplog.text
     problems = []
@@ -88,6 +97,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run, name):
             file.write("{")
     with pytest.raises(ArtefactError, match="all damaged.*Restore one"):
         checkpoints.latest_commit(run)
+    if name == checkpoints.COMMIT:
+        assert len(verify_run(run)) == 2, "each is named"
 
 
 def test_a_checkpoint_that_is_pruned_while_it_is_hashed_is_not_taken_for_damage(run, monkeypatch, caplog):

@@ -181,7 +181,6 @@ def test_the_command_refuses_what_cannot_be_measured(override, tmp_path, capsys)
         ({"images": {"size": 30}}, ["images.size is 30", "multiple of 4"]),
         ({"tokenizer_train": {"discriminator_weight": 1.0, "discriminator_layers": 5}}, ["discriminator_layers is 5"]),
         ({"optim": {"betas": [0.9]}}, ["optim.betas", "two numbers"]),
-        ({"evaluation": {"num_samples": 19, "num_blocks": 10}}, ["evaluation.num_samples is 19", "Raise it to 20"]),
         ({"scaling": {"num_workers": [4, 2]}}, ["scaling.num_workers is [4, 2]", "[min, max]", "[2, 4]"]),
         ({"scaling": {"num_workers": [1, 2, 3]}}, ["scaling.num_workers is [1, 2, 3]", "[min, max]"]),
         ({"scaling": {"num_workers": [1, 65]}}, ["train.global_batch_size is 64", "65 workers"]),

@@ -1,7 +1,6 @@
 """What ranks tell each other, in real process groups."""
 
 import os
-import socket
 import time
 
 import torch
@@ -12,19 +11,15 @@ from cluster import rank_messages
 from cluster.rank_messages import RankMessage, broadcast, exchange, work_together
 
 
-def group(rank, world_size, port, function, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def group(rank, world_size, function, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world_size)
     function(rank, folder)
     dist.destroy_process_group()
 
 
 def run(function, folder, world_size=2):
     """Calls `function(rank, folder)` on every rank; it must be importable."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = (world_size, port, function, str(folder))
+    arguments = (world_size, function, str(folder))
     torch.multiprocessing.start_processes(group, arguments, nprocs=world_size, start_method="forkserver")
 
 

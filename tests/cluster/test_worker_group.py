@@ -55,6 +55,19 @@ def test_faults_end_a_run_that_does_not_get_on(run_groups, error):
         run_groups([10, 10, 50], error)
 
 
+def test_a_store_that_fails_when_the_driver_looks_too_is_asked_again(run_groups, monkeypatch):
+    answers, failures = checkpoints.newest_commit, iter([True, True, False, True])
+
+    def newest_commit(run_path):
+        if next(failures, False):
+            raise FAULTS[1]
+        return answers(run_path)
+
+    monkeypatch.setattr(checkpoints, "newest_commit", newest_commit)
+    monkeypatch.setattr(worker_group, "RETRY_SECONDS", 0.0)
+    assert run_groups([10, 20, 50], FAULTS[1]).step == 50
+
+
 def test_an_error_of_the_user_ends_a_run(run_groups):
     with pytest.raises(ConfigError):
         run_groups([10, 20, 50], ConfigError("train.precision is fp8, but it must be bf16. Change it."))

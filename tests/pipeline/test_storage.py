@@ -112,19 +112,20 @@ def test_listing_is_recursive_sorted_and_filtered(folder):
     assert storage.list_files(folder) == [storage.join(folder, "a.json")]
 
 
-def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+def test_links_to_folders_are_followed_where_asked_for_and_list_no_file_twice(tmp_path):
     for name in ("all/cats/1", "all/cats/deep/2", "elsewhere/dogs/3"):
         storage.put_if_absent(str(tmp_path / name), b"x")
-    os.symlink(tmp_path / "elsewhere" / "dogs", tmp_path / "all" / "dogs")
-    os.symlink(tmp_path / "elsewhere" / "dogs", tmp_path / "all" / "hounds")
+    links = {"dogs": "elsewhere/dogs", "hounds": "elsewhere/dogs", "favourites": "all/cats", "up": ".", "cats/self": "all"}
+    for name, target in links.items():
+        os.symlink(tmp_path / target, tmp_path / "all" / name)
     os.symlink(tmp_path / "all", tmp_path / "elsewhere" / "dogs" / "back")
-    temporary = tmp_path / "elsewhere" / "dogs" / f"{storage.TEMPORARY}1"
-    temporary.write_bytes(b"half")
-    os.utime(temporary, (1000, 1000))
-    below = [path[len(str(tmp_path)) + 1 :] for path in storage.list_files(str(tmp_path / "all"))]
-    assert below == ["all/cats/1", "all/cats/deep/2", "all/dogs/3", "all/hounds/3"]
-    links = [str(tmp_path / "all" / name / temporary.name) for name in ("dogs", "hounds")]
-    assert storage.list_temporary_files(str(tmp_path / "all"), older_than=2000) == links
+
+    def below(**options):
+        return [path.removeprefix(f"{tmp_path}/all/") for path in storage.list_files(str(tmp_path / "all"), **options)]
+
+    assert below() == ["cats/1", "cats/deep/2"]
+    assert below(follow_links=True) == ["cats/1", "cats/deep/2", "dogs/3"]
+    assert len(storage.list_sizes(str(tmp_path / "all"), follow_links=True)) == 3
 
 
 @pytest.mark.parametrize("listing", [storage.list_files, storage.list_sizes, lambda path: storage.list_temporary_files(path, 0.0)])

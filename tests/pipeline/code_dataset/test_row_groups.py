@@ -11,7 +11,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.code_dataset.row_groups import CachedRowGroups, Extent, LocalRowGroups
-from stages.errors import ArtefactError
+from stages.errors import ArtefactError, StorageError
 
 NUM_GROUPS, SIZE = 10, 40
 CACHED_SIZE = SIZE + 16  # with the bytes that a kernel may look past the end
@@ -220,6 +220,29 @@ def test_prefetched_groups_are_there_when_they_are_required(extents, values, tmp
     column.require(np.array([3, 8]), 0)
     assert sorted(numbers) == [3, 8]
     np.testing.assert_array_equal(contents(column, 8), values[8])
+
+
+def test_groups_that_were_fetched_ahead_in_vain_count_too(extents, values, tmp_path):
+    column = cached(extents, tmp_path / "cache", max_bytes=2 * CACHED_SIZE)
+    for group in range(0, NUM_GROUPS - 1, 2):
+        column.prefetch([group])
+        column._ahead[group].result()
+        column.require(np.array([group + 1]), 0)
+    assert np.count_nonzero(column.addresses) == len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_group_that_could_not_be_read_is_asked_for_again(extents, values, tmp_path, monkeypatch):
+    column, read_range = cached(extents, tmp_path / "cache"), storage.read_range
+
+    def fail(*where):
+        raise StorageError("path is s3://b, but the store cannot be reached")
+
+    monkeypatch.setattr(storage, "read_range", fail)
+    with pytest.raises(StorageError):
+        column.require(np.array([3]), 0)
+    monkeypatch.setattr(storage, "read_range", read_range)
+    column.require(np.array([3]), 0)
+    np.testing.assert_array_equal(contents(column, 3), values[3])
 
 
 def test_a_prefetched_group_that_another_process_removed_is_fetched_anew(extents, values, tmp_path, fetched):

@@ -163,6 +163,14 @@ class TokensOfTheModule(FourTokens):
         self.num_prefix_tokens = 4
 
 
+class TokensOfAProperty(FourTokens):
+    """Nobody can ask the class."""
+
+    @property
+    def num_prefix_tokens(self):
+        return 4
+
+
 def config_of(conditioning, **changes):
     given = ConditioningOptions(name=conditioning, **changes)
     return transformer_config(OPTIONS, given, codebook_size=16, grid=(4, 4), num_classes=5)
@@ -177,6 +185,11 @@ def test_codes_keep_their_places_behind_any_condition(name):
     assert torch.equal(cos_TD[first_code:], alone[1:])
     assert model(torch.zeros(2, 16, dtype=torch.long), torch.tensor([0, -1])).shape == (2, 16, 16)
     assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_number_of_tokens_that_only_the_module_knows_is_refused():
+    with pytest.raises(ConfigError, match="Make it an attribute of the class"):
+        config_of(f"{__name__}:TokensOfAProperty")
 
 
 @pytest.mark.parametrize("name, num_tokens", [("class", 1), ("none", 1), (f"{__name__}:FourTokens", 4)])

@@ -25,8 +25,8 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One local Ray with two CPUs for the whole test run."""
+def ray_cluster(s3_server):
+    """One local Ray with two CPUs for the whole test run; its workers find the S3 server by the environment that they inherit."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     os.makedirs(os.path.join(folder, "ray"))
     previous = os.environ.get("RAY_TMPDIR")

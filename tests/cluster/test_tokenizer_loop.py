@@ -161,7 +161,7 @@ def test_a_forged_or_altered_training_is_found(undisturbed, tmp_path):
 def test_other_rows_than_prescribed_are_found(undisturbed, monkeypatch):
     _, options, commit = undisturbed
     monkeypatch.setitem(commit.content["sampler"], "seed", 1)
-    monkeypatch.setattr(checkpoints, "list_commits", lambda run: [commit])
+    monkeypatch.setattr(checkpoints, "list_commits", lambda run, problems: [commit])
     problems = verify_run(training_path(options.tokenizer.path))
     assert len(problems) == 6 and "other rows than its images prescribe" in problems[0]
 

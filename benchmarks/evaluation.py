@@ -6,7 +6,8 @@ python benchmarks/evaluation.py ladder    [--source fashion-mnist | FOLDER] [--n
 
 speed: ours, with the reference factor cached as in every evaluation, beside scipy.linalg.sqrtm (pytorch-fid, clean-fid, ADM)
 and torchmetrics' formula on the same moments, in turn. error-bar: draws of 2,000 with replacement from a fixed set of images,
-whose own distance is therefore the truth. ladder: the metrics of real images, ever more blurred, compressed and noisy.
+whose own distance is therefore the truth. ladder: the metrics of real images, ever more blurred, compressed
+and noisy, with their bias and without.
 """
 
 import sys
@@ -37,7 +38,7 @@ from evaluation.statistics import GaussianStatistics
 from pipeline.sources import SOURCES, open_source
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
-DRAW = 2000
+DRAW, NUM_BLOCKS = 2000, 10
 BLURS, QUALITIES, NOISES = (0.0, 0.5, 1.0, 2.0), (100, 50, 20, 5), (0.0, 8.0, 24.0, 64.0)
 
 
@@ -84,7 +85,7 @@ def error_bar(args: argparse.Namespace) -> None:
     extractor = open_extractor(args.extractor, options_of(args))
     channels = np.random.default_rng(5).permutation(extractor.outputs["features"])[: args.dim]
     reference = Reference.of(GaussianStatistics.of(extractor(training)["features"][:, channels]))
-    blocks = assign_blocks(DRAW, 10)
+    blocks = assign_blocks(DRAW, NUM_BLOCKS)
     for label, shown in (("held-out images", images), ("the same, blurred", blurred(images, 0.7))):
         features = extractor(shown)["features"][:, channels]
         whole = GaussianStatistics.of(features)
@@ -94,7 +95,7 @@ def error_bar(args: argparse.Namespace) -> None:
         estimates = []
         for seed in range(args.repeats):
             drawn = features[np.random.default_rng(seed).integers(n, size=DRAW)]
-            estimates.append(frechet_estimate([GaussianStatistics.of(drawn[blocks == k]) for k in range(10)], reference))
+            estimates.append(frechet_estimate([GaussianStatistics.of(drawn[blocks == k]) for k in range(NUM_BLOCKS)], reference))
         plain, corrected = np.array([[e.value, e.bias_corrected] for e in estimates]).T
         error = np.mean([e.standard_error for e in estimates])
         spread = plain.std(ddof=1)
@@ -129,10 +130,13 @@ def ladder(args: argparse.Namespace) -> None:
                         continue
                     values = real[planned.kind.output]
                     against = ReferenceSet(Reference.of(GaussianStatistics.of(values)), values)
-                    metric = planned.kind.cls(values.shape[1], reference=against)
-                    metric.update(torch.from_numpy(features[planned.kind.output]))
+                    shown_values = torch.from_numpy(features[planned.kind.output])
+                    metric = planned.kind.cls(values.shape[1], num_blocks=NUM_BLOCKS, reference=against)
+                    metric.update(shown_values, torch.from_numpy(assign_blocks(len(shown_values), NUM_BLOCKS)))
                     for part, estimate in metric.estimates().items():
                         found.setdefault(part or planned.name, []).append(estimate.value)
+                        if estimate.bias_corrected is not None:
+                            found.setdefault(f"{part or planned.name}, corrected", []).append(estimate.bias_corrected)
             print(f"{extractor.name}, {title}: " + ", ".join(label for label, _ in rungs))
             for metric_name, ladder_values in found.items():
                 steps = np.diff(ladder_values)

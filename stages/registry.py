@@ -21,12 +21,12 @@ def import_named(key: str, name: str, registry: Mapping[str, str]) -> Any:
     Raises:
         ConfigError: no such name, or a class that cannot be imported.
     """
-    target = TARGET.fullmatch(registry.get(name, name))
+    target, known = TARGET.fullmatch(registry.get(name, name)), ", ".join(sorted(registry))
     if target is None:
-        raise ConfigError(f"{key} is {name}, but it must be one of: {', '.join(sorted(registry))}; or package.module:Class. Choose one.")
+        raise ConfigError(f"{key} is {name}, but it must be one of: {known}; or package.module:Class. Choose one.")
     try:
         return getattr(importlib.import_module(target[1]), target[2])
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{key} is {name}, but it cannot be imported ({error}). Correct the name, or the Python path."
+            f"{key} is {name}, but it cannot be imported ({error}). Correct the name, or the Python path; or choose one of: {known}."
         ) from error

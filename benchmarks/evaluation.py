@@ -4,8 +4,8 @@ python benchmarks/evaluation.py speed     [--dim 2048] [--num-samples 4000] [--r
 python benchmarks/evaluation.py error-bar [--source fashion-mnist] [--num-images 10000] [--dim 256] [--repeats 50]
 python benchmarks/evaluation.py ladder    [--source fashion-mnist | FOLDER] [--num-images 1000] [--metrics fd kd …]
 
-speed: ours, with the reference factor cached as in every evaluation, beside scipy.linalg.sqrtm (pytorch-fid, clean-fid, ADM)
-and torchmetrics' formula on the same moments, in turn. error-bar: draws of 2,000 with replacement from a fixed set of images,
+speed: ours, with the reference factor cached as in every evaluation, alone and as one of the 16 distances behind an error bar, beside
+scipy.linalg.sqrtm (pytorch-fid, clean-fid, ADM) and torchmetrics' formula on the same moments, in turn. error-bar: draws of 2,000 with replacement from a fixed set of images,
 whose own distance is therefore the truth. ladder: the metrics of real images, ever more blurred, compressed
 and noisy, with their bias and without.
 """
@@ -39,25 +39,33 @@ from pipeline.sources import SOURCES, open_source
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 DRAW, NUM_BLOCKS = 2000, 10
+IN_AN_ESTIMATE, NUM_DISTANCES = "tessera, one of an estimate's", 1 + NUM_BLOCKS + NUM_BLOCKS // 2  # the jackknife leaves out blocks and pairs
 BLURS, QUALITIES, NOISES = (0.0, 0.5, 1.0, 2.0), (100, 50, 20, 5), (0.0, 8.0, 24.0, 64.0)
 
 
 def speed(args: argparse.Namespace) -> None:
     """Median seconds per distance and the ratios to ours; every distance equal to 1e-6."""
     generator = np.random.default_rng(0)
-    a, b = (
-        GaussianStatistics.of(generator.normal(size=(args.num_samples, args.dim)) @ generator.normal(size=(args.dim,) * 2))
-        for _ in range(2)
-    )
-    reference = Reference.of(a)
+    features = [generator.normal(size=(args.num_samples, args.dim)) @ generator.normal(size=(args.dim,) * 2) for _ in range(2)]
+    a, b = map(GaussianStatistics.of, features)
+    blocks = [GaussianStatistics.of(part) for part in np.array_split(features[1], NUM_BLOCKS)]
+    reference, num_threads = Reference.of(a), torch.get_num_threads()
     tensors = [torch.from_numpy(x) for each in (a, b) for x in (each.mean, each.covariance)]
 
     def by_scipy() -> float:
         root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
         return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance - 2 * root))
 
+    def by_estimate() -> float:
+        torch.set_num_threads(1)  # of each of its own threads
+        try:
+            return frechet_estimate(blocks, reference, num_threads).value
+        finally:
+            torch.set_num_threads(num_threads)
+
     calls: dict[str, Callable[[], float]] = {
         "tessera": lambda: frechet_distance(b, reference),
+        IN_AN_ESTIMATE: by_estimate,
         "tessera, factor not cached": lambda: frechet_distance(b, Reference.of(a)),
         "scipy.linalg.sqrtm": by_scipy,
         "torchmetrics": lambda: float(_compute_fid(*tensors)),
@@ -68,9 +76,9 @@ def speed(args: argparse.Namespace) -> None:
         for name, call in calls.items():
             started = time.perf_counter()
             values[name] = call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append((time.perf_counter() - started) / (NUM_DISTANCES if name == IN_AN_ESTIMATE else 1))
     ours = statistics.median(seconds["tessera"])
-    print(f"d = {args.dim}, {torch.get_num_threads()} threads, medians of {args.repeats}")
+    print(f"d = {args.dim}, {num_threads} threads, medians of {args.repeats}")
     for name, times in seconds.items():
         difference = abs(values[name] / values["tessera"] - 1)
         assert difference <= 1e-6, (name, difference)

@@ -5,9 +5,9 @@ python benchmarks/evaluation.py error-bar [--source fashion-mnist] [--num-images
 python benchmarks/evaluation.py ladder    [--source fashion-mnist | FOLDER] [--num-images 1000] [--metrics fd kd …]
 
 speed: ours, with the reference factor cached as in every evaluation, alone and as one of the 16 distances behind an error bar, beside
-scipy.linalg.sqrtm (pytorch-fid, clean-fid, ADM) and torchmetrics' formula on the same moments, in turn. error-bar: draws of 2,000 with replacement from a fixed set of images,
-whose own distance is therefore the truth. ladder: the metrics of real images, ever more blurred, compressed
-and noisy, with their bias and without.
+scipy.linalg.sqrtm (pytorch-fid, clean-fid, ADM) and torchmetrics' formula on the same moments, in turn. error-bar: draws of 2,000
+with replacement from a fixed set of images, whose own distance is therefore the truth. ladder: the metrics of real images, ever more
+blurred, compressed and noisy, with their bias and without.
 """
 
 import sys
@@ -39,7 +39,8 @@ from pipeline.sources import SOURCES, open_source
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 DRAW, NUM_BLOCKS = 2000, 10
-IN_AN_ESTIMATE, NUM_DISTANCES = "tessera, one of an estimate's", 1 + NUM_BLOCKS + NUM_BLOCKS // 2  # the jackknife leaves out blocks and pairs
+IN_AN_ESTIMATE = "tessera, one of an estimate's"
+NUM_DISTANCES = 1 + NUM_BLOCKS + NUM_BLOCKS // 2  # the jackknife leaves out each block, and pairs of them
 BLURS, QUALITIES, NOISES = (0.0, 0.5, 1.0, 2.0), (100, 50, 20, 5), (0.0, 8.0, 24.0, 64.0)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.loader import num_micro_batches
 from stages.options import DeepSpeedOptions, OptimOptions, TrainOptions
-from stages.second_stage.transformer import TransformerConfig, matrix_sizes, other_sizes
+from stages.second_stage.transformer import TransformerConfig, block_matrix_sizes, matrix_sizes, other_sizes
 
 # Constants of DeepSpeed: what stage 0 reduces at once (engine.py, MEMORY_OPT_ALLREDUCE_SIZE), and up to which size stage 3 leaves
 # a parameter whole (stage3_param_persistence_threshold).
@@ -41,11 +41,11 @@ GPUS = {
 def row_flop(config: TransformerConfig) -> int:
     """FLOP of forward and backward for one row: 6 per weight of a matrix and position, and attention's 12 L C T^2 as if it were not
     causal (Chowdhery et al. 2022, appendix B). An embedding is looked up and costs nothing; what activation checkpointing computes
-    again does not count.
+    again, and what a conditioning of the user's own computes, does not count.
     """
-    *blocks, head = matrix_sizes(config)
+    head = config.codebook_size * config.hidden_size
     attention = 12 * config.num_layers * config.hidden_size * config.num_positions**2
-    return 6 * (sum(blocks) * config.num_positions + head * config.num_codes) + attention
+    return 6 * (sum(block_matrix_sizes(config)) * config.num_positions + head * config.num_codes) + attention
 
 
 def steps_per_second(flop_per_step: float, num_gpus: int, gpu: Gpu, mfu: float) -> float:

@@ -143,7 +143,7 @@ def derive(
     """
     _check_questions(config.train, gpu, mfu, hours)
     if config.conditioning.name != "codes":
-        check_labels(config.sampling, num_classes)
+        check_labels(config.sampling, 0 if config.conditioning.name == "none" else num_classes)
     transformer, train = planned_transformer(config, num_classes, tokenizer), config.train
     world_sizes = sorted({config.scaling.min_workers, config.scaling.max_workers})
     flop_per_step = train.global_batch_size * row_flop(transformer)

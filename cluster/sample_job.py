@@ -10,7 +10,7 @@ import ray
 
 from cluster import checkpoints
 from cluster.runtime import user_errors
-from cluster.sampler_actor import SamplerActor
+from cluster.sampler_actor import SamplerActor, warn_of_guidance
 from pipeline import storage
 from pipeline.grids import grid_png
 from pipeline.progress import Progress
@@ -49,6 +49,7 @@ def sample(options: SampleJobOptions) -> SampleSummary:
     the sha-256 of its COMMIT.json, and tokenizer_fingerprint. config.yaml names the checkpoint's folder.
     """
     commit = checkpoints.resolve_checkpoint(options.checkpoint, options.run.path, checkpoints.SAMPLED_FROM)
+    warn_of_guidance(commit, options.sampling)
     on_one = ray.remote(num_cpus=1, num_gpus=share_per_actor("GPU", 1))
     actor: Any = on_one(SamplerActor).remote(
         commit.path, options.tokenizer.path, options.sampling, conditions_path=options.conditioning.sampled_codes_path

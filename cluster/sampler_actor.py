@@ -1,5 +1,6 @@
 """A checkpoint and its tokenizer, ready to draw samples and to score codes. Made a Ray actor by whoever needs one."""
 
+import logging
 import os
 
 import numpy as np
@@ -17,8 +18,10 @@ from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.pixels import to_uint8
 from stages.memory import keep_freed_memory
 from stages.options import SamplingOptions
-from stages.second_stage.sampling import sample_codes, sample_labels
+from stages.second_stage.sampling import num_drawn_classes, sample_codes, sample_labels
 from stages.second_stage.transformer import Transformer, TransformerConfig, nll
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(commit: checkpoints.Commit, which: str) -> dict[str, torch.Tensor]:
@@ -67,6 +70,23 @@ def open_sampled_conditions(commit: checkpoints.Commit, path: str | None) -> Cod
     return dataset
 
 
+def warn_of_guidance(commit: checkpoints.Commit, sampling: SamplingOptions) -> None:
+    """Says so where guidance is asked for that a checkpoint cannot give."""
+    if sampling.cfg_scale == 1.0:
+        return
+    if commit.content["transformer"]["conditioning"] == "none":
+        logger.warning(
+            "sampling.cfg_scale is %s, but %s has no condition: its samples are drawn without guidance.", sampling.cfg_scale, commit.path
+        )
+    elif commit.content.get("options", {}).get("conditioning", {}).get("cond_drop_prob") == 0.0:  # imported ones have no options
+        logger.warning(
+            "sampling.cfg_scale is %s, but %s was trained with conditioning.cond_drop_prob=0 and never saw the null condition, from which "
+            "guidance leads away: expect worse samples than with sampling.cfg_scale=1.",
+            sampling.cfg_scale,
+            commit.path,
+        )
+
+
 class SamplerActor:
     """Draws samples by global index. Any two instances on the same inputs give the same samples (fp32, CPU).
 
@@ -106,7 +126,7 @@ class SamplerActor:
     def _labels_at(self, indices: np.ndarray) -> np.ndarray:
         """The classes, or the first view of every image of the conditions, in turn."""
         if self.conditions is None:
-            return sample_labels(self.sampling, indices, self.model.config.num_classes)
+            return sample_labels(self.sampling, indices, num_drawn_classes(self.model))
         rows = indices % self.conditions.num_images * self.conditions.num_views
         return self.conditions.codes(rows).astype(np.int64)
 

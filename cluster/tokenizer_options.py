@@ -92,6 +92,11 @@ def check_training(options: TokenizerJobOptions) -> None:
         )
     check_batch(options)
     _warn_of_missing_attention(options)
+    for key in ("lecam_weight", "r1_weight"):
+        if getattr(train, key) > 0 and train.discriminator_weight == 0:
+            logger.warning(
+                "tokenizer_train.%s is %s, but there is no discriminator (discriminator_weight=0) to hold back.", key, getattr(train, key)
+            )
 
 
 def _warn_of_missing_attention(options: TokenizerJobOptions) -> None:

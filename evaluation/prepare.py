@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.checkpoints import SAMPLED_FROM, Commit, resolve_checkpoint
-from cluster.sampler_actor import open_sampled_conditions
+from cluster.sampler_actor import open_sampled_conditions, warn_of_guidance
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
 from evaluation.estimates import check_num_samples
@@ -95,7 +95,9 @@ def prepare(options: EvaluateOptions) -> Preparation:
     training_codes: TrainingCodes | None = None
     conditions: CodeDataset | None = None
     plan = plan_metrics(evaluation, ALL_SETS if commit is not None else (RECONSTRUCTIONS, HOLDOUT))
+    sampling = options.draws()
     if commit is not None:
+        warn_of_guidance(commit, sampling)
         dataset = CodeDataset.open(options.codes.path, verify=False)
         check_binding(options, commit, dataset, tokenizer, source)
         class_names = dataset.class_names
@@ -111,7 +113,6 @@ def prepare(options: EvaluateOptions) -> Preparation:
         holdout_conditions = _holdout_conditions(conditions, holdout)
         plan = dataclasses.replace(plan, has_likelihood=holdout_conditions is not None)
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
-    sampling = options.draws()
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
     references = prepare_references(deciding, source, plan, extractors)
     assignment = Assignment(

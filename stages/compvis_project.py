@@ -43,7 +43,9 @@ class Project:
         if "ddconfig" in self.model.params:
             return self.model if key == "first_stage_config" else None
         part = self.part(key)
-        return self.autoencoder() if part == FIRST_STAGE else part if isinstance(part, Target) else None
+        if part == FIRST_STAGE and key != "first_stage_config":
+            return self.autoencoder()
+        return part if isinstance(part, Target) else None
 
 
 def read_project(path: str) -> Project:
@@ -57,7 +59,7 @@ def read_project(path: str) -> Project:
             tree = yaml.safe_load(file)
     except OSError as error:
         raise ConfigError(f"--config is {path}, but it cannot be read: {error.strerror}. Check the path.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config is {path}, but it is not valid YAML: {error}. Fetch it again.") from None
     model = tree.get("model") if isinstance(tree, dict) else None
     return Project(path, _target(model, "model", path))

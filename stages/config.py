@@ -19,6 +19,18 @@ from stages.options import Config
 T = TypeVar("T")
 
 
+class OneOfEachKey(yaml.SafeLoader):
+    """YAML's plain values; a key that a mapping has twice is an error, where PyYAML forgets the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, found = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} is there twice", key.start_mark)
+            found.add(key.value)
+        return node
+
+
 def load_config(paths: str | Iterable[str], overrides: Iterable[str] = ()) -> Config:
     """The configuration in YAML files, each merged over the ones before it key by key, then `section.key=value` overrides.
 
@@ -38,13 +50,15 @@ def load_config(paths: str | Iterable[str], overrides: Iterable[str] = ()) -> Co
 def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file) or {}
+            tree = yaml.load(file, OneOfEachKey)
     except OSError as error:
         raise ConfigError(
             f"-c is {path}, but it cannot be read: {error.strerror}. Name an existing YAML file."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"-c is {path}, but it is not valid YAML: {error}. Mend the file.") from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"-c is {path}, but it holds no mapping of sections. Start it with `run:`, `source:` ....")
     return tree
@@ -52,10 +66,9 @@ def _read(path: str) -> dict[str, Any]:
 
 def _merge(tree: dict[str, Any], section: str, values: Any) -> None:
     """Puts the keys of a section over those it has; what is no mapping stays in the tree, for `build` to refuse."""
-    before = tree.get(section) or {}
-    if not isinstance(before, dict):
-        return
-    tree[section] = {**before, **values} if isinstance(values, dict) else values or before
+    before = tree.get(section, {})
+    if isinstance(before, dict) and values is not None:  # an empty section is one without keys
+        tree[section] = {**before, **values} if isinstance(values, dict) else values
 
 
 def _parse(override: str) -> tuple[str, dict[str, Any]]:
@@ -67,7 +80,7 @@ def _parse(override: str) -> tuple[str, dict[str, Any]]:
             f"Argument is {override!r}, but overrides read section.key=value. Write e.g. train.num_steps=100."
         )
     try:
-        return section, {name: yaml.safe_load(text)}
+        return section, {name: yaml.load(text, OneOfEachKey)}
     except yaml.YAMLError:
         return section, {name: text}
 
@@ -88,9 +101,9 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     for name, value in values.items():
         key, hint = f"{prefix}{name}", hints[name]
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value or {}, Mapping):
+            if not isinstance(value, Mapping):
                 raise ConfigError(f"{key} is {value!r}, but it must be a section of keys. Indent its keys under it.")
-            arguments[name] = build(typing.cast(type, hint), value or {}, f"{key}.")
+            arguments[name] = build(typing.cast(type, hint), value, f"{key}.")
         else:
             arguments[name] = convert(key, value, hint)
             _check_bounds(key, arguments[name], fields[name].metadata)
@@ -125,7 +138,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

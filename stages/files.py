@@ -29,7 +29,12 @@ def replace(path: str, write: Write) -> None:
     """Writes a file whether it exists or not, and the folders above it."""
     folder = os.path.dirname(path) or "."
     _make_folder(folder)
-    os.replace(_write_temporary(folder, write), path)
+    temporary = _write_temporary(folder, write)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
     _sync_folder(folder)
 
 

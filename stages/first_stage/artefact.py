@@ -71,7 +71,7 @@ def read_config(folder: str) -> dict:
         raise ArtefactError(
             f"tokenizer.path is {folder}, but there is no {CONFIG} in it. Run train-tokenizer or import-tokenizer first."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ArtefactError(
             f"{path} is damaged ({error}), but it must be JSON. Restore or re-create the tokenizer."
         ) from None
@@ -79,6 +79,7 @@ def read_config(folder: str) -> dict:
         not isinstance(content, dict)
         or content.get("format") != FORMAT
         or content.get("format_version") != FORMAT_VERSION
+        or not isinstance(content.get("fingerprint"), str)
     ):
         raise ArtefactError(
             f"{path} is not a tokenizer of format version {FORMAT_VERSION}, but it must be. Re-create the tokenizer."
@@ -101,7 +102,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer(architecture(content))
         tokenizer.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
-    except (TypeError, RuntimeError, OSError, ValueError, ArithmeticError, SafetensorError) as error:
+    except (TypeError, RuntimeError, OSError, ValueError, LookupError, ArithmeticError, SafetensorError) as error:
         raise ArtefactError(
             f"{folder} is a damaged tokenizer ({error}), but it must load strictly. Re-create it."
         ) from error

@@ -90,8 +90,17 @@ def take_tokenizer(foreign: Foreign, format: str, project: Project | None, part:
     if found == "diffusers":
         foreign = replace(foreign, marker=_with_diffusers_config(foreign))
     described = project.autoencoder(f"{part}_config") if project is not None else None
+    if project is not None and (described is None or "ddconfig" not in described.params):
+        raise ConfigError(
+            f"--config is {project.path}, but it describes no autoencoder with a ddconfig. Name the YAML file that came with the "
+            f"checkpoint, or leave it out."
+        )
     rename = renamer(found, count_levels(list(tensors), found))
     config = infer_config(foreign, rename, described)
+    if config.quantizer not in QUANTIZERS_OF[found]:
+        raise ArtefactError(
+            f"{path} has the names of {found} and the quantizer {config.quantizer}, but {found} has no such. Check that the file is whole."
+        )
     if described is not None and project is not None:
         as_trained = replace(config, codebook_size=_num_entries(whole) or config.codebook_size)
         check_described(as_trained, described, project.path, path)
@@ -178,6 +187,11 @@ def _autoencoder(foreign: Foreign, part: Part) -> Foreign:
         raise ConfigError(f"--part is {part}, but {foreign.path} has no {prefix}*. Leave --part out.")
     inner = inner.without(TRAINING_ONLY)
     tensors = {current(name): tensor for name, tensor in inner.tensors.items()}
+    if len(tensors) < len(inner.tensors):
+        twice = [name for name in inner.tensors if current(name) != name and current(name) in inner.tensors]
+        raise ArtefactError(
+            f"{inner.path} has {name_some(twice)} under old and new names, but each must be there once. Check that the file is whole."
+        )
     return Foreign(inner.path, tensors, inner.marker).checked()
 
 

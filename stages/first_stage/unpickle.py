@@ -6,8 +6,10 @@ anything else is refused.
 """
 
 import collections
+import functools
 import pickle
 import struct
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,12 @@ from safetensors.torch import load_file
 
 from stages.errors import ArtefactError
 
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+CLASSES = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
 }
@@ -108,8 +112,11 @@ class RestrictedUnpickler(pickle.Unpickler):
             UnpicklingError: neither.
         """
         module = PYTHON_2_MODULES.get(module, module)
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
+        if (module, name) in CLASSES:
+            return CLASSES[module, name]
+        if (module, name) in FUNCTIONS:
+            # A pickle may set attributes of what it gets, so it gets no function that others call.
+            return functools.partial(FUNCTIONS[module, name])
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.split(".")[0] in STUBBED_PACKAGES or (module, name) in STUBBED_NAMES:

@@ -24,7 +24,7 @@ class QuantizerOptions:
     codebook_dim: int | None = option(
         None, "Width of a code vector; 8, or what fsq_levels or one bit per dimension ask for, if not given.", low=1
     )
-    fsq_levels: tuple[int, ...] = option((), "With fsq: levels per dimension; codebook_size is their product.", low=3)
+    fsq_levels: tuple[int, ...] = option((), "With fsq: levels per dimension; codebook_size is their product.", low=3, high=1000)
 
 
 @dataclass(frozen=True, kw_only=True)

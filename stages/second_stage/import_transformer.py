@@ -81,10 +81,10 @@ def take_transformer(
         )
     if found == "llamagen" and project is not None:
         raise ConfigError(f"--config is {project.path}, but LlamaGen's checkpoints come without a project file. Leave it out.")
-    side = tokenizer.grid(image_size or tokenizer.config.resolution)
+    grid = _grid(tokenizer, image_size)
     request = Request(
         codebook_size=tokenizer.codebook_size,
-        grid=side,
+        grid=grid,
         num_heads=num_heads,
         num_classes=num_classes,
         project=project,
@@ -96,7 +96,7 @@ def take_transformer(
         description.model,
         description.conditioning,
         codebook_size=tokenizer.codebook_size,
-        grid=side,
+        grid=grid,
         num_classes=description.num_classes,
     )
     _check(foreign.path, config, description.weights)
@@ -106,6 +106,17 @@ def take_transformer(
         config=config,
         weights={name: tensor.to(torch.float32).contiguous() for name, tensor in description.weights.items()},
     )
+
+
+def _grid(tokenizer: Tokenizer, image_size: int | None) -> tuple[int, int]:
+    """Codes of an image of that size."""
+    unit = tokenizer.downsample
+    if image_size is not None and (image_size < unit or image_size % unit):
+        raise ConfigError(
+            f"--image-size is {image_size}, but a code of the tokenizer stands for {unit} x {unit} pixels, so it must be a multiple of "
+            f"{unit}. Name the size that the transformer was trained on."
+        )
+    return tokenizer.grid(tokenizer.config.resolution if image_size is None else image_size)
 
 
 def _check(path: str, config: TransformerConfig, weights: dict[str, Tensor]) -> None:

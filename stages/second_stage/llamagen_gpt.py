@@ -66,6 +66,7 @@ def read(foreign: Foreign, request: Request) -> Description:
         ArtefactError: not exactly such tensors, or of another codebook.
         ConfigError: a size that was not published, without num_heads, or another number of classes than is asked for.
     """
+    _check_rotations(foreign, request.grid)
     take = Taker(foreign.without(DERIVED).checked())
     if foreign.has("cls_embedding.cap_proj"):
         raise ArtefactError(
@@ -96,6 +97,16 @@ def read(foreign: Foreign, request: Request) -> Description:
     )
     conditioning = ConditioningOptions(name="class")
     return Description(model=model, conditioning=conditioning, num_classes=num_classes, weights=weights)
+
+
+def _check_rotations(foreign: Foreign, grid: tuple[int, int]) -> None:
+    """Few files hold the table of rotations, a row for the class and one per code, which tells the grid."""
+    table, num_codes = foreign.tensors.get("freqs_cis"), grid[0] * grid[1]
+    if table is not None and table.dim() and len(table) != 1 + num_codes:
+        raise ConfigError(
+            f"--image-size makes {grid[0]} x {grid[1]} codes, but {foreign.path} has rotations of {len(table) - 1}. Name the size that the "
+            f"transformer was trained on."
+        )
 
 
 def _num_classes(path: str, num_rows: int, asked: int | None) -> int:

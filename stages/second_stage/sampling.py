@@ -61,6 +61,11 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions) -> Ten
     return codes_B.clamp_max(logits_BV.shape[-1] - 1)
 
 
+def num_drawn_classes(model: Transformer) -> int:
+    """Classes that samples of a model can be of; 0 where it was trained without, whatever the images' classes."""
+    return model.config.num_classes if model.conditioning.is_conditional else 0
+
+
 def check_labels(options: SamplingOptions, num_classes: int) -> None:
     """Refuses classes that a model does not know: next to the last one lies the null condition.
 
@@ -69,7 +74,7 @@ def check_labels(options: SamplingOptions, num_classes: int) -> None:
     """
     labels = options.labels
     if labels is not None and not (labels and 0 <= min(labels) <= max(labels) < num_classes):
-        rule = f"it must name some of the classes 0 to {num_classes - 1}" if num_classes else "there are no classes"
+        rule = f"it must name some of the classes 0 to {num_classes - 1}" if num_classes else "the model knows no classes"
         raise ConfigError(f"sampling.labels is {list(labels)}, but {rule}. Correct it, or leave it out.")
 
 
@@ -102,7 +107,7 @@ def sample_group(
     dtype = next(model.parameters()).dtype
     size = options.group_size
     indices = np.arange(group * size, (group + 1) * size)
-    labels = sample_labels(options, indices, config.num_classes) if labels_at is None else labels_at(indices)
+    labels = sample_labels(options, indices, num_drawn_classes(model)) if labels_at is None else labels_at(indices)
     labels_B = torch.from_numpy(labels).to(device)
     guided = options.cfg_scale != 1.0 and model.conditioning.is_conditional
     fed_labels = torch.cat([labels_B, model.conditioning.null(labels_B)]) if guided else labels_B

@@ -117,12 +117,16 @@ def transformer_config(
     )
 
 
-def matrix_sizes(config: TransformerConfig) -> list[int]:
-    """Elements of every weight that decays, which is the larger of the two optimizer groups: those of the linear layers."""
+def block_matrix_sizes(config: TransformerConfig) -> list[int]:
+    """Elements of every weight of the blocks' linear layers."""
     c = config.hidden_size
     inner = config.ffn_size if config.ffn == "gelu" else 2 * config.ffn_size
-    block = [3 * c * c, c * c, inner * c, c * config.ffn_size]
-    return config.num_layers * block + [config.codebook_size * c]
+    return config.num_layers * [3 * c * c, c * c, inner * c, c * config.ffn_size]
+
+
+def matrix_sizes(config: TransformerConfig) -> list[int]:
+    """Elements of every weight that decays, which is the larger of the two optimizer groups: those of the linear layers."""
+    return [*block_matrix_sizes(config), *_condition_sizes(config)[0], config.codebook_size * config.hidden_size]
 
 
 def other_sizes(config: TransformerConfig) -> list[int]:
@@ -133,15 +137,17 @@ def other_sizes(config: TransformerConfig) -> list[int]:
     block = 2 * norm + [config.head_size, config.head_size] * config.qk_norm + [3 * c, c, inner, c] * config.bias
     is_learned = config.positions == "learned"
     positions = [config.num_positions * c] * is_learned
-    return config.num_layers * block + norm + [*_condition_sizes(config), config.codebook_size * c, *positions]
+    return config.num_layers * block + norm + [*_condition_sizes(config)[1], config.codebook_size * c, *positions]
 
 
-def _condition_sizes(config: TransformerConfig) -> list[int]:
-    """Of the conditioning; a class of the user's own is built, for only that tells."""
+def _condition_sizes(config: TransformerConfig) -> tuple[list[int], list[int]]:
+    """Of the conditioning's weights that decay, and of its others; a class of the user's own is built, for only that tells."""
     if config.conditioning in CONDITIONINGS:
-        return [(1 if config.conditioning == "none" else config.num_classes + 1) * config.hidden_size]
+        return [], [(1 if config.conditioning == "none" else config.num_classes + 1) * config.hidden_size]
     conditioning = open_conditioning(config.conditioning, config.num_classes, config.hidden_size, config.num_prefix_tokens)
-    return [p.numel() for p in conditioning.parameters()]
+    decaying = {id(p) for p in parameter_groups(conditioning, 0.0)[0]["params"]}
+    decayed, others = ([p.numel() for p in conditioning.parameters() if (id(p) in decaying) is does] for does in (True, False))
+    return decayed, others
 
 
 def num_parameters(config: TransformerConfig) -> int:
@@ -296,7 +302,9 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Embedding(config.num_positions, config.hidden_size) if is_learned else None
         self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.codebook_size)
-        self.apply(self._initialize)
+        for child in self.children():
+            if child is not self.conditioning or config.conditioning in CONDITIONINGS:  # a class of the user's own keeps its weights
+                child.apply(self._initialize)
         nn.init.zeros_(self.head.weight)
 
     def _initialize(self, module: nn.Module) -> None:

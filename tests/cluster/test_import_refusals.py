@@ -1,6 +1,7 @@
 """What `import-transformer` does with files, numbers and project files that do not belong together: an error that names both sides."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,12 +100,23 @@ def test_anything_but_exactly_llamagens_transformer_is_refused(tmp_path, edit, m
         (dict(num_classes=0), "--num-classes is 0, but the tensors of .* have 3 classes"),
         (dict(num_heads=-2), "--num-heads is -2"),
         (dict(num_heads=0), "--num-heads is 0"),
+        (dict(image_size=0), "--image-size is 0, but .* multiple of 2"),
+        (dict(image_size=-8), "--image-size is -8"),
+        (dict(image_size=7), "--image-size is 7"),
     ],
 )
 def test_sizes_that_contradict_llamagens_tensors_are_refused(tmp_path, changes, message):
     options = llamagen_options(tmp_path, llamagen_tensors(CODEBOOK, num_classes=3), **changes)
     with pytest.raises(ConfigError, match=message):
         import_transformer(options)
+
+
+def test_rotations_in_llamagens_file_tell_the_grid(tmp_path):
+    tensors = llamagen_tensors(CODEBOOK, num_classes=3)
+    options = llamagen_options(tmp_path, {**tensors, "freqs_cis": torch.zeros(1 + SIDE**2, 8, 2)}, image_size=4 * SIDE)
+    with pytest.raises(ConfigError, match=f"makes 8 x 8 codes, but .* rotations of {SIDE**2}"):
+        import_transformer(options)
+    import_transformer(replace(options, image_size=2 * SIDE))
 
 
 def test_a_project_file_says_nothing_of_llamagens_transformer(tmp_path):

@@ -99,6 +99,11 @@ def test_what_cannot_be_built_is_refused_before_anything_starts(options, message
         check_training(options_with(**options))
 
 
+def test_what_holds_back_no_discriminator_is_warned_of(caplog):
+    check_training(options_with(discriminator_weight=0.0, lecam_weight=0.1))
+    assert "tokenizer_train.lecam_weight is 0.1, but there is no discriminator" in caplog.text and "r1_weight" not in caplog.text
+
+
 def test_attention_at_a_side_that_does_not_occur_is_warned_of(caplog):
     check_training(options_with(tokenizer={"attention_resolutions": (16, 5)}, images={"size": 16}))
     assert "there is no attention at 5" in caplog.text

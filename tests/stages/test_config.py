@@ -66,6 +66,8 @@ def test_a_section_that_is_none_is_refused_in_any_file(tmp_path, texts):
         ("sampling.top_p=1.5", ["sampling.top_p", "at most 1"]),
         ("sampling.temperature=0", ["sampling.temperature", "above 0"]),
         ("optim.learning_rate=fast", ["optim.learning_rate", "a number"]),
+        (f"optim.learning_rate={10**400}", ["optim.learning_rate", "a number"]),
+        ("tokenizer.fsq_levels=[5, 1001]", ["tokenizer.fsq_levels[1] is 1001", "at most 1000"]),
         ("optim.weight_decay=.nan", ["optim.weight_decay is nan", "finite"]),
         ("sampling.cfg_scale=.inf", ["sampling.cfg_scale is inf", "finite"]),
         ("sweep.cfg_scale=[1, .nan]", ["sweep.cfg_scale[1] is nan", "finite"]),
@@ -84,12 +86,45 @@ def test_bad_overrides_are_refused_with_key_value_and_rule(file, override, words
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "train: 5", "train: [", "just text"])
-def test_bad_files_are_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[1, 2]", "holds no mapping of sections"),
+        ("0", "holds no mapping of sections"),
+        ("train: 5", "train is 5, but it must be a section"),
+        ("train: 0", "train is 0, but it must be a section"),
+        ("train: []", r"train is \[\], but it must be a section"),
+        ("train: [", "not valid YAML"),
+        ("just text", "holds no mapping of sections"),
+        ("train: {num_steps: 5}\nmodel: {}\ntrain: {precision: fp32}", "the key train is there twice.*line 3"),
+        ("train: {num_steps: 5, num_steps: 6}", "the key num_steps is there twice"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
         load_config(str(path))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes("# für".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("text", ["", "train:", "# nothing yet"])
+def test_what_is_empty_leaves_the_defaults(tmp_path, text):
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    assert load_config(str(path)) == Config()
+
+
+def test_a_merged_key_may_be_given_again(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("run: {<<: {seed: 1}, seed: 2}")
+    assert load_config(str(path)).run.seed == 2
 
 
 def test_a_missing_file_is_named():

@@ -37,3 +37,10 @@ def test_what_fails_leaves_nothing(tmp_path, write):
     with pytest.raises(OSError, match="no space"):
         write(str(tmp_path / "file"), fail)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.replace(str(tmp_path / "file"), lambda file: file.write(b"new"))
+    assert os.listdir(tmp_path) == ["file"]

@@ -73,6 +73,8 @@ class VectorQuantizer(Quantizer):
     def _entropy(self, vectors_ND: Tensor, codebook_KD: Tensor) -> dict[str, Tensor]:
         if not self.has_entropy:
             return {}
+        # The loss computes with it again in the backward pass, when moving averages have moved the entries.
+        codebook_KD = codebook_KD.clone()
         squares_K = codebook_KD.square().sum(-1)  # |z|^2 is the same for every entry and left out
 
         def logits_of(rows_ND: Tensor) -> Tensor:

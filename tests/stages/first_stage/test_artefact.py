@@ -68,9 +68,13 @@ def test_unfinished_and_foreign_folders_are_refused(tokenizer, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps({**content, "format_version": 99}))
     with pytest.raises(ArtefactError, match="format version"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / CONFIG).write_text("{")
-    with pytest.raises(ArtefactError, match="damaged"):
+    (tmp_path / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if name != "fingerprint"}))
+    with pytest.raises(ArtefactError, match="not a tokenizer"):
         load_tokenizer(str(tmp_path))
+    for damaged in (b"{", b'{"format": "\xff"}'):
+        (tmp_path / CONFIG).write_bytes(damaged)
+        with pytest.raises(ArtefactError, match="damaged"):
+            load_tokenizer(str(tmp_path))
     (tmp_path / CONFIG).write_text(json.dumps(content))
     os.remove(tmp_path / WEIGHTS)
     with pytest.raises(ArtefactError, match="damaged"):
@@ -123,6 +127,7 @@ def test_only_levels_add_a_key(kind, tmp_path):
         {"codebook_dim": None},
         {"num_norm_groups": 7},
         {"num_norm_groups": 0},
+        {"channel_multipliers": []},
     ],
 )
 def test_a_contradictory_configuration_is_damage(change, tmp_path):

@@ -390,3 +390,16 @@ def test_the_published_f16_size(tmp_path, format):
     assert (
         import_tokenizer(export_tokenizer(imported, format, str(tmp_path / "out"))).fingerprint == imported.fingerprint
     )
+
+
+def test_a_tensor_under_an_old_and_a_new_name_is_refused(checkpoint):
+    tensors = foreign(tokenizer(), "diffusers")
+    name = next(name for name in tensors if name.endswith(".to_q.weight"))
+    tensors[name.replace("to_q", "query")] = torch.zeros_like(tensors[name])
+    with pytest.raises(ArtefactError, match="query.weight under old and new names"):
+        import_tokenizer(checkpoint(tensors, "x.safetensors"))
+
+
+def test_a_quantizer_that_llamagen_has_not_is_refused(checkpoint):
+    with pytest.raises(ArtefactError, match="names of llamagen and the quantizer gumbel"):
+        import_tokenizer(checkpoint({"model": foreign(tokenizer(quantizer="gumbel"), "llamagen")}))

@@ -82,6 +82,27 @@ def test_a_file_that_is_no_project_is_refused(project, tree):
         project(tree)
 
 
+def test_a_project_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "project.yaml").write_bytes("# für".encode("latin-1"))
+    with pytest.raises(ConfigError, match="--config is .*not valid YAML"):
+        read_project(str(tmp_path / "project.yaml"))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n_embed": 999},
+        {"n_embed": 999, "ddConfig": NETWORK},
+        {"first_stage_config": "__is_first_stage__"},
+        {"first_stage_config": {"target": "x.VQModel", "params": {"n_embed": 999}}},
+    ],
+)
+def test_a_project_file_without_an_autoencoder_is_refused(checkpoint, project, params):
+    path = checkpoint(foreign(tokenizer(), "compvis"))
+    with pytest.raises(ConfigError, match="--config is .*, but it describes no autoencoder"):
+        import_tokenizer(path, project=project({"model": {"target": "x.Something", "params": params}}))
+
+
 def test_a_missing_project_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         read_project(str(tmp_path / "missing.yaml"))

@@ -144,3 +144,18 @@ def test_something_else_than_a_dict_is_refused(tmp_path):
     torch.save([torch.zeros(1)], path)
     with pytest.raises(ArtefactError, match="must be a dict"):
         read_checkpoint(path)
+
+
+def test_a_pickle_changes_no_function_that_others_call(tmp_path):
+    rebuild = torch._utils._rebuild_tensor_v2
+    # Asks for the function and gives it attributes, which the BUILD opcode sets one by one.
+    program = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__(X\x01\x00\x00\x00xtstb."
+    path = str(tmp_path / "x.ckpt")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + program)
+        archive.writestr("x/version", "3")
+    with pytest.raises(ArtefactError):
+        read_checkpoint(path)
+    assert rebuild.__defaults__ == (None,)
+    torch.save(TENSORS, tmp_path / "good.ckpt")
+    assert read_checkpoint(str(tmp_path / "good.ckpt")).keys() == TENSORS.keys()

@@ -125,7 +125,7 @@ def imported_llamagen(module, **tensors):
 @torch.no_grad()
 def test_logits_are_those_of_llamagen():
     gpt, codes, classes = llamagen(), random_codes(), torch.tensor([0, 6, CLASSES])
-    model = build(imported_llamagen(gpt, freqs_cis=torch.zeros(9, 8, 2)))
+    model = build(imported_llamagen(gpt, freqs_cis=torch.zeros(1 + SIDE**2, 8, 2)))
     labels = torch.tensor([0, 6, -1])  # the last class is the null class
     torch.testing.assert_close(model(codes, labels), gpt(codes, classes, SIDE), atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,15 @@ import torch
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions, SamplingOptions
-from stages.second_stage.sampling import cfg_scale_at, draw, filter_logits, sample_codes, sample_labels, uniforms
+from stages.second_stage.sampling import (
+    cfg_scale_at,
+    draw,
+    filter_logits,
+    num_drawn_classes,
+    sample_codes,
+    sample_labels,
+    uniforms,
+)
 from stages.second_stage.transformer import Transformer, transformer_config
 
 OPTIONS = SamplingOptions(group_size=4, cfg_scale=1.5, top_k=12, top_p=0.95, seed=3)
@@ -109,5 +117,15 @@ def test_labels_are_balanced_and_fixed_by_index():
 def test_classes_that_the_model_does_not_know_are_refused(model, labels):
     with pytest.raises(ConfigError, match=r"sampling.labels is \[.*\], but it must name some of the classes 0 to 2. Correct it"):
         sample_codes(model, dataclasses.replace(OPTIONS, labels=labels), 0, 4)
-    with pytest.raises(ConfigError, match="there are no classes"):
+    with pytest.raises(ConfigError, match="knows no classes"):
         sample_labels(SamplingOptions(labels=labels), np.arange(2), 0)
+
+
+def test_a_model_without_a_condition_draws_no_classes():
+    torch.manual_seed(0)
+    options = ModelOptions(num_layers=1, hidden_size=32, num_heads=2)
+    config = transformer_config(options, ConditioningOptions(name="none"), codebook_size=16, grid=(2, 4), num_classes=3)
+    model = Transformer(config).eval()
+    assert num_drawn_classes(model) == 0
+    with pytest.raises(ConfigError, match="knows no classes"):
+        sample_codes(model, dataclasses.replace(OPTIONS, labels=(1,)), 0, 4)

@@ -8,13 +8,15 @@ import torch
 
 from stages.errors import ConfigError
 from stages.options import ConditioningOptions, ModelOptions
-from stages.second_stage.conditioning import ClassConditioning
+from stages.second_stage.conditioning import ClassConditioning, Conditioning
 from stages.second_stage.operations import rotate
 from stages.second_stage.transformer import (
     KVCache,
     Transformer,
+    matrix_sizes,
     nll,
     num_parameters,
+    other_sizes,
     parameter_groups,
     prefix_stride,
     rope_angles,
@@ -266,3 +268,30 @@ def test_class_conditioning_needs_classes():
     )
     with pytest.raises(ConfigError, match="conditioning.name is class"):
         Transformer(config)
+
+
+class Prepared(Conditioning):
+    """A user's own, with weights that it brings along."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding = torch.nn.Embedding.from_pretrained(torch.full((num_classes + 1, hidden_size), 7.0))
+        self.map = torch.nn.Linear(hidden_size, hidden_size, bias=False)
+        torch.nn.init.eye_(self.map.weight)
+
+    def forward(self, labels_B):
+        return self.map(self.embedding(torch.where(labels_B < 0, len(self.embedding.weight) - 1, labels_B)))[:, None]
+
+
+def test_a_conditioning_of_the_users_own_keeps_its_weights():
+    conditioning = ConditioningOptions(name=f"{__name__}:Prepared")
+    model = ModelOptions(num_layers=1, hidden_size=32, num_heads=2)
+    config = transformer_config(model, conditioning, codebook_size=16, grid=(2, 4), num_classes=3)
+    transformer = Transformer(config)
+    assert (transformer.conditioning.embedding.weight == 7).all()
+    assert torch.equal(transformer.conditioning.map.weight, torch.eye(32))
+    assert 0 < transformer.code_embedding.weight.std() < 0.03
+    decayed, others = ([p.numel() for p in group["params"]] for group in parameter_groups(transformer, 0.1))
+    assert sorted(matrix_sizes(config)) == sorted(decayed)
+    assert sorted(other_sizes(config)) == sorted([*others, 4 * 32])  # the frozen table is in no group
+    assert num_parameters(config) == sum(p.numel() for p in transformer.parameters())

@@ -55,3 +55,17 @@ def test_nothing_is_learned_by_gradient():
     quantizer = quantizer_of("vq-ema")
     assert not [p for p in quantizer.parameters() if p.requires_grad]
     assert list(quantizer(features(quantizer)).losses) == ["commitment"]
+
+
+def test_the_gradient_of_the_entropy_is_that_of_the_codebook_before_it_moved():
+    quantizer = quantizer_of("vq-ema")
+    quantizer.configure(TokenizerTrainOptions(entropy_weight=1.0))
+    z = features(quantizer)
+    quantizer.start(to_vectors(z))
+    gradients = {}
+    for mode in (False, True):  # training last, for it moves the codebook
+        given = z.clone().requires_grad_()
+        quantizer.train(mode)(given).losses["entropy"].backward()
+        gradients[mode] = given.grad
+    assert gradients[True].abs().sum() > 0
+    assert torch.equal(gradients[True], gradients[False])

@@ -36,6 +36,7 @@ from evaluation.reference import choose_images
 from evaluation.set_metric import HOLDOUT, ReferenceSet
 from evaluation.statistics import GaussianStatistics
 from pipeline.sources import SOURCES, open_source
+from stages.memory import keep_freed_memory
 from stages.options import EvaluationOptions, ImageOptions, SourceOptions, TokenizerOptions
 
 DRAW, NUM_BLOCKS = 2000, 10
@@ -46,6 +47,7 @@ BLURS, QUALITIES, NOISES = (0.0, 0.5, 1.0, 2.0), (100, 50, 20, 5), (0.0, 8.0, 24
 
 def speed(args: argparse.Namespace) -> None:
     """Median seconds per distance and the ratios to ours; every distance equal to 1e-6."""
+    keep_freed_memory()  # as the evaluation actor does
     generator = np.random.default_rng(0)
     features = [generator.normal(size=(args.num_samples, args.dim)) @ generator.normal(size=(args.dim,) * 2) for _ in range(2)]
     a, b = map(GaussianStatistics.of, features)

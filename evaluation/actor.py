@@ -30,6 +30,7 @@ from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from evaluation.set_tally import SetTally, memorisation_estimates
 from evaluation.tally import HoldoutTally, Item, SampleTally
 from pipeline.sources import Source
+from stages.memory import keep_freed_memory
 from stages.options import EvaluationOptions, ImageOptions, SamplingOptions, TokenizerOptions
 
 
@@ -148,6 +149,7 @@ class EvaluationActor:
         finally:
             self._close()
         begin = time.monotonic()
+        keep_freed_memory()  # from here on: every distance of a jackknife makes the same large matrices anew
         metrics = self._estimates(samples, holdout, references)
         self._seconds["distance"] = time.monotonic() - begin
         extra = samples.grids() if samples is not None else {"side_by_side": holdout.side_by_side()}

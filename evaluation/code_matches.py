@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from evaluation.estimates import Estimate, fair_choice, mean_estimate
-from evaluation.neighbour_metrics import COPY_QUANTILE
+from evaluation.neighbour_metrics import share_beyond
 from pipeline.code_dataset import CodeDataset
 from stages.errors import ArtefactError
 
@@ -84,5 +84,5 @@ def code_match_estimates(
     return {
         "nearest_training_codes": mean_estimate(samples),
         "nearest_training_codes_holdout": mean_estimate(holdout),
-        "copied_code_share": mean_estimate(samples > np.quantile(holdout, 1.0 - COPY_QUANTILE)),
+        "copied_code_share": share_beyond(samples, holdout),
     }

@@ -1,5 +1,6 @@
 """Values with error bars."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ class Estimate:
         standard_error: one standard deviation over repeated draws of those images; None where none is defined.
         bias_corrected: the value with its bias of order 1 / num_samples removed; None where there is no such bias.
         features: `EXTRACTOR/OUTPUT` it was measured on; None where it was none.
+        block_means: of a mean over images that are the same for every model, the mean of each block of them; else None.
     """
 
     value: float
@@ -27,15 +29,16 @@ class Estimate:
     standard_error: float | None = None
     bias_corrected: float | None = None
     features: str | None = None
+    block_means: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a record; bias_corrected and features only where there are any."""
+        """The fields of a record; those after num_samples only where there are any."""
         content: dict[str, Any] = {
             "value": self.value,
             "standard_error": self.standard_error,
             "num_samples": self.num_samples,
         }
-        optional = {"bias_corrected": self.bias_corrected, "features": self.features}
+        optional = {"bias_corrected": self.bias_corrected, "features": self.features, "block_means": self.block_means}
         return content | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -44,6 +47,16 @@ def mean_estimate(values: np.ndarray) -> Estimate:
     n = len(values)
     error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
     return Estimate(float(np.mean(values)), n, error)
+
+
+def blocked_mean(values: np.ndarray, blocks: np.ndarray, num_blocks: int) -> Estimate:
+    """`mean_estimate` of numbers (n,) of images that are the same for every model, with the mean of each of their blocks, int64 (n,);
+    without these where there is one block, or an empty one."""
+    counts = np.bincount(blocks, minlength=num_blocks)
+    if num_blocks == 1 or not counts.all():
+        return mean_estimate(values)
+    means = np.bincount(blocks, values, num_blocks) / counts
+    return dataclasses.replace(mean_estimate(values), block_means=means.tolist())
 
 
 def jackknife(

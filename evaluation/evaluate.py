@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -17,7 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.runtime import user_errors
 from evaluation.actor import Assignment, EvaluationActor, Measurement
-from evaluation.prepare import CHECKPOINT, EvaluateOptions, Preparation, prepare
+from evaluation.describe import CHECKPOINT
+from evaluation.prepare import EvaluateOptions, Preparation, prepare
 from evaluation.records import Record, find_record, read_record, record_id, write_record
 from evaluation.resources import bundle, reserved
 from pipeline import storage
@@ -142,7 +144,7 @@ def differences(record: Record, measurement: Measurement) -> list[str]:
     for name in sorted(again.keys() & record.metrics.keys()):
         for key, expected in record.metrics[name].items():
             found = again[name].get(key)
-            if expected != found and not (expected and found and abs(found - expected) <= TOLERANCE * abs(expected)):
+            if expected != found and not (expected and found and np.allclose(found, expected, rtol=TOLERANCE, atol=0.0)):
                 problems.append(f"{name} {key}: the record has {expected}, measured again it is {found}")
     return problems
 

@@ -216,7 +216,6 @@ class CleanInceptionV3(InceptionV3):
 class _Vit(NetworkExtractor):
     FILE: PretrainedFile
     is_clip = False
-    resize = "clean-bicubic"
 
     def __init__(self, options: EvaluationOptions):
         weights = load_pretrained(self.FILE, self.registered_name(), options)
@@ -236,6 +235,7 @@ class _Vit(NetworkExtractor):
 class _DinoV2(_Vit):
     """DINOv2's class token (Oquab et al. 2023), for which Stein et al. 2023 recommend the Fréchet distance."""
 
+    resize = "clean-bicubic"
     mean = (123.675, 116.28, 103.53)
     deviation = (58.395, 57.12, 57.375)
 
@@ -264,6 +264,7 @@ class _Clip(_Vit):
     """CLIP's image embedding (Radford et al. 2021), not normalised."""
 
     is_clip = True
+    resize = "bicubic-antialias"
     mean = (122.7709383, 116.7460125, 104.09373615)
     deviation = (68.5005327, 66.6321579, 70.32316305)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from cluster import checkpoints, run_log
 from cluster.tokenizer_options import training_path
 from evaluation.compare import find_regressions, group_series
+from evaluation.describe import TOKENIZER, recorded_sampling
 from evaluation.evaluate import EvaluateOptions
 from evaluation.labels import metric_label, run_name
-from evaluation.prepare import TOKENIZER, recorded_sampling
 from evaluation.records import Record, list_records, write_rows
 from evaluation.report import Curve, ReportData, render_report
 from evaluation.viewer import gather_pictures

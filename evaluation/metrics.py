@@ -93,6 +93,10 @@ class PlannedSetMetric:
             return ("g" if image_set == SAMPLES else "r") + stem
         return stem if image_set == SAMPLES else f"{stem}_{image_set}"
 
+    def record_names(self, image_set: str) -> list[str]:
+        """Names in a record of all of its values."""
+        return [self.record_name(image_set, part) for part in self.kind.cls.parts]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricPlan:
@@ -126,7 +130,7 @@ class MetricPlan:
 
     def values_of(self, image_set: str) -> list[str]:
         """Names in records of the values that metrics of this set give."""
-        return [metric.record_name(image_set, part) for metric in self.of_set(image_set) for part in metric.kind.cls.parts]
+        return [name for metric in self.of_set(image_set) for name in metric.record_names(image_set)]
 
     def features_of(self, image_set: str) -> list[FeatureKey]:
         """The features that metrics of this set need."""

@@ -1,6 +1,8 @@
 """Metrics of nearest neighbours among features: precision and recall, density and coverage, and memorisation."""
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +43,16 @@ class _NeighbourMetric(FeatureMetric):
     is_pairwise = True
     higher_is_better = True
 
-    def left_out(self, blocks_N: Tensor) -> list[Tensor]:
-        """Of each block a mask of its rows; none without error bars."""
-        return [blocks_N == block for block in range(self.num_blocks)] if self.num_blocks > 1 else []
+    def left_out(self) -> list[list[int]]:
+        """The blocks that each statistic of the jackknife goes without; none without error bars."""
+        return [[block] for block in range(self.num_blocks)] if self.num_blocks > 1 else []
+
+    def jackknifed(self, shares: Sequence[float], num_images: int) -> Estimate:
+        """The estimate of a share from that of all images and those of `left_out`. A share that depends on the nearest of many images
+        has no bias of order 1/n that could be taken away: what would be is far more, and the result may exceed 1."""
+        value, *others = shares
+        found = jackknife(value, others[: self.num_blocks], num_images, others[self.num_blocks :])
+        return dataclasses.replace(found, bias_corrected=None)
 
 
 class PrecisionRecall(_NeighbourMetric):
@@ -54,14 +63,20 @@ class PrecisionRecall(_NeighbourMetric):
     """
 
     parts = ("precision", "recall")
+    num_neighbours = PRECISION_NEIGHBOURS
+
+    def left_out(self) -> list[list[int]]:
+        """Pairs of blocks, too: recall varies by how images lie to each other, which the jackknife counts twice."""
+        pairs = [[block, block + 1] for block in range(0, self.num_blocks - 1, 2)]
+        return super().left_out() + (pairs if self.num_blocks > 2 else [])
 
     def estimates(self) -> dict[str, Estimate]:
         x, blocks = self.kept()
         y = self.reference_features()
         y_radii = radii(y, PRECISION_NEIGHBOURS, [])[0]
-        left_out = self.left_out(blocks)
-        x_radii = radii(x, PRECISION_NEIGHBOURS, left_out)
-        for row, mask in zip(x_radii[1:], left_out, strict=True):
+        masks = [torch.isin(blocks, torch.tensor(left_out)) for left_out in self.left_out()]
+        x_radii = radii(x, PRECISION_NEIGHBOURS, masks)
+        for row, mask in zip(x_radii[1:], masks, strict=True):
             row[mask] = -1.0  # no ball at all
         inside = torch.cat([(d <= y_radii).any(1) for _, d in distances(x, y)])
         covered = torch.stack(
@@ -69,7 +84,7 @@ class PrecisionRecall(_NeighbourMetric):
         ).tolist()
         return {
             "precision": mean_estimate(inside.numpy()),
-            "recall": jackknife(covered[0], covered[1:], len(x)),
+            "recall": self.jackknifed(covered, len(x)),
         }
 
 
@@ -81,6 +96,7 @@ class DensityCoverage(_NeighbourMetric):
     """
 
     parts = ("density", "coverage")
+    num_neighbours = DENSITY_NEIGHBOURS
 
     def estimates(self) -> dict[str, Estimate]:
         x, blocks = self.kept()
@@ -92,11 +108,10 @@ class DensityCoverage(_NeighbourMetric):
             depth.append(is_inside.double().sum(1) / DENSITY_NEIGHBOURS)
             for block in range(self.num_blocks):
                 hits[block] |= is_inside[blocks[part] == block].any(0)
-        without = [hits[torch.arange(self.num_blocks) != block] for block in range(self.num_blocks)]
-        shares = [float(hit.any(0).double().mean()) for hit in without] if self.num_blocks > 1 else []
+        kept = [~torch.isin(torch.arange(self.num_blocks), torch.tensor(left_out)) for left_out in ([], *self.left_out())]
         return {
             "density": mean_estimate(torch.cat(depth).numpy()),
-            "coverage": jackknife(float(hits.any(0).double().mean()), shares, len(x)),
+            "coverage": self.jackknifed([float(hits[rows].any(0).double().mean()) for rows in kept], len(x)),
         }
 
 
@@ -129,7 +144,17 @@ class NearestTraining(FeatureMetric):
 
 
 def copied_share(samples: NearestTraining, holdout: NearestTraining) -> Estimate:
-    """Share of samples nearer to a training image than all but 1 % of the held-out images are: about 0.01 without
-    memorisation."""
-    limit = np.quantile(holdout.nearest()[0], COPY_QUANTILE)
-    return mean_estimate(samples.nearest()[0] < limit)
+    """Share of samples nearer to a training image than all but 1 % of the held-out images are: about 0.01 without memorisation, and
+    1 / (n + 1) with n < 99 held-out images."""
+    return share_beyond(-samples.nearest()[0], -holdout.nearest()[0])
+
+
+def share_beyond(values_N: np.ndarray, ordinary_M: np.ndarray) -> Estimate:
+    """Share of values above all but COPY_QUANTILE of the ordinary ones. Of values that are ordinary themselves it expects that share,
+    for Weibull's is the quantile beyond which a new value lies with this probability; its error bar counts that the limit is from
+    some images only."""
+    found = mean_estimate(values_N > np.quantile(ordinary_M, 1.0 - COPY_QUANTILE, method="weibull"))
+    if found.standard_error is None:
+        return found
+    of_limit = math.sqrt(COPY_QUANTILE * (1.0 - COPY_QUANTILE) / len(ordinary_M))
+    return dataclasses.replace(found, standard_error=math.hypot(found.standard_error, of_limit))

@@ -13,15 +13,22 @@ from cluster.checkpoints import SAMPLED_FROM, Commit, resolve_checkpoint
 from cluster.sampler_actor import open_sampled_conditions, warn_of_guidance
 from evaluation.actor import Assignment
 from evaluation.code_matches import TrainingCodes
+from evaluation.describe import (
+    Means,
+    describe_checkpoint,
+    describe_measurement,
+    describe_protocols,
+    describe_tokenizer,
+    identify_measurement,
+)
 from evaluation.estimates import check_num_samples
-from evaluation.extractors import Extractor, distance_name, open_extractor, output_width
+from evaluation.extractors import open_extractor, output_width
 from evaluation.feature_actor import VIEW
-from evaluation.gaussian_metric import FrechetDistance
 from evaluation.hashing import canonical_hash
 from evaluation.metrics import MetricPlan, check_metrics_fit, plan_metrics
 from evaluation.pixel_metrics import PIXEL_METRICS
 from evaluation.reference import choose_images, images_identity
-from evaluation.reference_features import PreparedReferences, ReferenceOptions, prepare_references
+from evaluation.reference_features import ReferenceOptions, prepare_references
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
@@ -29,7 +36,6 @@ from pipeline.condition_codes import find_images
 from pipeline.inputs import IMAGE, check_fit, check_maps, needed_maps
 from pipeline.sources import Source, open_source
 from pipeline.tokenizers import open_tokenizer
-from stages.config import to_dict
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import (
@@ -45,7 +51,6 @@ from stages.options import (
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
 ALL_SETS = (SAMPLES, RECONSTRUCTIONS, HOLDOUT)
 
 
@@ -115,6 +120,10 @@ def prepare(options: EvaluateOptions) -> Preparation:
     extractors = {name: open_extractor(name, evaluation) for name in plan.extractors()}
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
     references = prepare_references(deciding, source, plan, extractors)
+    _check_neighbours(plan, evaluation, len(references.uris))
+    networks = {name: getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None) for name in plan.pixels}
+    known_networks = {name: fingerprint for name, fingerprint in networks.items() if fingerprint is not None}
+    means = Means(plan=plan, extractors=extractors, references=references, networks=known_networks)
     assignment = Assignment(
         checkpoint_path=commit.path if commit is not None else None,
         tokenizer=options.tokenizer,
@@ -135,19 +144,45 @@ def prepare(options: EvaluateOptions) -> Preparation:
         training_codes=training_codes,
         conditions_path=conditions.path if conditions is not None else None,
     )
-    subject = _describe_tokenizer(options, tokenizer) if commit is None else _describe_checkpoint(commit, sampling)
+    subject = describe_tokenizer(options.tokenizer, tokenizer) if commit is None else describe_checkpoint(commit, sampling)
     if conditions is not None:
         subject["conditions_root_hash"] = conditions.root_hash
     return Preparation(
         assignment=assignment,
         identity={
             **{name: value for name, value in subject.items() if name not in ("checkpoint", "step")},
-            **_identify_measurement(evaluation, plan, extractors, references),
+            **identify_measurement(evaluation, means),
             **({"training_codes_root_hash": training_codes.root_hash} if training_codes else {}),
-            "holdout_key": canonical_hash(images_identity(options.source, images, holdout)),
+            "holdout_key": canonical_hash(_holdout_identity(options, plan, holdout)),
         },
-        description={**subject, **_describe(options, plan, extractors), "class_names": list(class_names)},
+        description={
+            **subject,
+            **describe_measurement(deciding, means),
+            **describe_protocols(evaluation, means),
+            "class_names": list(class_names),
+        },
     )
+
+
+def _holdout_identity(options: EvaluateOptions, plan: MetricPlan, holdout: pa.Table) -> dict[str, Any]:
+    """The held-out images, and their classes where likelihoods under these are measured."""
+    identity = images_identity(options.source, options.images, holdout)
+    return identity | ({"labels": canonical_hash(holdout["label"].to_pylist())} if plan.has_likelihood else {})
+
+
+def _check_neighbours(plan: MetricPlan, evaluation: EvaluationOptions, num_reference: int) -> None:
+    """Refuses fewer images than the neighbours that metrics look for: among so few, every image lies in every ball."""
+    kept = 1.0 - (2 if evaluation.num_blocks > 2 else evaluation.num_blocks - 1) / evaluation.num_blocks  # by the jackknife
+    for planned in plan.sets:
+        k = planned.kind.cls.num_neighbours
+        if k == 0:
+            continue
+        for key, num_images in (("num_reference_images", num_reference), ("num_samples", int(evaluation.num_samples * kept))):
+            if min(num_images, evaluation.num_pairwise_images) <= k:
+                raise ConfigError(
+                    f"evaluation.{key} makes {min(num_images, evaluation.num_pairwise_images)} images that are compared one by one, but "
+                    f"{planned.name} looks for the {k} nearest of them. Raise it, or leave {planned.name} out of evaluation.metrics."
+                )
 
 
 def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
@@ -194,87 +229,6 @@ def _holdout_conditions(conditions: CodeDataset, holdout: pa.Table) -> np.ndarra
         )
         return None
     return conditions.codes(found * conditions.num_views)
-
-
-def _identify_measurement(
-    evaluation: EvaluationOptions, plan: MetricPlan, extractors: dict[str, Extractor], references: PreparedReferences
-) -> dict[str, Any]:
-    """How it is measured, as it enters a record's identity."""
-    keys = {**{key: stored.key for key, stored in references.given.items()}, **references.keys}
-    networks = {name: getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None) for name in plan.pixels}
-    identity = {
-        "metrics": plan.names(),
-        "extractor_fingerprints": {name: extractor.fingerprint for name, extractor in extractors.items()},
-        "num_samples": evaluation.num_samples,
-        "num_blocks": evaluation.num_blocks,
-        "reference_keys": {"/".join(key): value for key, value in keys.items()},
-        **{f"{name}_fingerprint": fingerprint for name, fingerprint in networks.items() if fingerprint is not None},
-    }
-    if any(plan.is_pairwise(key) for key in plan.features()):
-        identity["num_pairwise_images"] = evaluation.num_pairwise_images
-    return identity
-
-
-def recorded_sampling(sampling: SamplingOptions) -> dict[str, Any]:
-    """What a record says of how its samples were drawn."""
-    return {k: v for k, v in to_dict(sampling).items() if k not in ("path", "num_samples")}
-
-
-def _describe_checkpoint(commit: Commit, sampling: SamplingOptions) -> dict[str, Any]:
-    return {
-        "subject": CHECKPOINT,
-        "checkpoint": commit.path,
-        "checkpoint_hash": commit.hash,
-        "step": commit.step,
-        "tokenizer_fingerprint": commit.tokenizer_fingerprint,
-        "code_dataset_root_hash": commit.root_hash,
-        "sampling": recorded_sampling(sampling),
-        "seed": sampling.seed,
-    }
-
-
-def _describe_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """As of a checkpoint, so that a history of both can be read in one way; the tokenizer's folder stands for it."""
-    return {
-        "subject": TOKENIZER,
-        "checkpoint": options.tokenizer.path,
-        "checkpoint_hash": tokenizer.fingerprint,
-        "step": 0,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "sampling": {},
-        "seed": 0,
-        **({} if options.tokenizer.input == IMAGE else {"input": options.tokenizer.input, "num_labels": options.tokenizer.num_labels}),
-    }
-
-
-def _describe(options: EvaluateOptions, plan: MetricPlan, extractors: dict[str, Extractor]) -> dict[str, Any]:
-    """What a record says of the measurement besides its numbers. `extractor…` and `distance` are those of the first Fréchet distance,
-    or of the first metric."""
-    deciding = (
-        "num_samples",
-        "num_reference_images",
-        "metrics",
-        "extractor",
-        "extractor_resolution",
-        "num_blocks",
-        "num_pairwise_images",
-        "reference_path",
-    )
-    distances = [metric for metric in plan.sets if metric.kind.cls is FrechetDistance]
-    first = extractors[[*distances, *plan.sets][0].extractor] if plan.sets else None
-    return {
-        "evaluation": {k: v for k, v in to_dict(options.evaluation).items() if k in deciding},
-        "distance": distance_name(first) if first else None,
-        "extractor": first.name if first else None,
-        "extractor_resize": first.resize if first else None,
-        "extractor_fingerprint": first.fingerprint if first else None,
-        "extractors": {
-            name: {"name": each.name, "resize": each.resize, "fingerprint": each.fingerprint}
-            for name, each in extractors.items()
-        },
-        "images": to_dict(options.images),
-        "source": to_dict(options.source),
-    }
 
 
 def check_binding(

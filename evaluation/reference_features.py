@@ -45,11 +45,13 @@ class PreparedReferences:
     Attributes:
         given: from the file `evaluation.reference_path`.
         keys: of the others, which are kept under these keys or will be made.
+        statistics_keys: of all, what decides their statistics, however many of their features are kept.
         uris: the training images to make them from.
     """
 
     given: dict[FeatureKey, StoredReference]
     keys: dict[FeatureKey, str]
+    statistics_keys: dict[FeatureKey, str]
     uris: list[str]
 
 
@@ -94,18 +96,21 @@ def prepare_references(
             (name, output): read_statistics(evaluation.reference_path, output, extractors[name])
             for name, output in wanted
         }
-        return PreparedReferences(given=read, keys={}, uris=[])
+        return PreparedReferences(given=read, keys={}, statistics_keys={key: stored.key for key, stored in read.items()}, uris=[])
     if not wanted:
-        return PreparedReferences(given={}, keys={}, uris=[])
+        return PreparedReferences(given={}, keys={}, statistics_keys={}, uris=[])
     training = choose_images(source.list_images("train"), evaluation.num_reference_images)
     identity = images_identity(options.source, options.images, training)
-    keys = {
-        (name, output): reference_key(
-            identity, extractors[name].fingerprint, output, kept_features(plan, (name, output), evaluation)
-        )
-        for name, output in wanted
-    }
-    return PreparedReferences(given={}, keys=keys, uris=training["uri"].to_pylist())
+
+    def key_of(key: FeatureKey, num_kept: int) -> str:
+        return reference_key(identity, extractors[key[0]].fingerprint, key[1], num_kept)
+
+    return PreparedReferences(
+        given={},
+        keys={key: key_of(key, kept_features(plan, key, evaluation)) for key in wanted},
+        statistics_keys={key: key_of(key, 0) for key in wanted},
+        uris=training["uri"].to_pylist(),
+    )
 
 
 def check_file_serves(plan: MetricPlan, wanted: Sequence[FeatureKey]) -> None:

@@ -31,7 +31,13 @@ def _tf1_taps(size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def clean_bicubic(images: np.ndarray, side: int) -> Tensor:
-    """Bicubic with antialiasing by Pillow, channel by channel in float ("clean": Parmar, Zhang and Zhu 2022)."""
+    """Bicubic with antialiasing by Pillow, channel by channel in float, clipped to what pixels can be ("clean": Parmar, Zhang and
+    Zhu 2022; clean-fid 0.1.35)."""
+    return bicubic_antialias(images, side).clamp_(0.0, 255.0)
+
+
+def bicubic_antialias(images: np.ndarray, side: int) -> Tensor:
+    """The same with what bicubic overshoots at edges left in, as the JAX code of CMMD has it (Jayasumana et al. 2024)."""
     channels = np.moveaxis(images, -1, 1).astype(np.float32)
     resized = np.empty((*channels.shape[:2], side, side), np.float32)
     for index in np.ndindex(*channels.shape[:2]):
@@ -39,9 +45,10 @@ def clean_bicubic(images: np.ndarray, side: int) -> Tensor:
     return torch.from_numpy(resized)
 
 
-# uint8 (n, H, W, C), C in {1, 3}, to float32 (n, C, side, side) around 0..255 (bicubic overshoots, unclipped).
+# uint8 (n, H, W, C), C in {1, 3}, to float32 (n, C, side, side) in 0..255, or around it with "bicubic-antialias".
 RESIZES: dict[str, Callable[[np.ndarray, int], Tensor]] = {
     "bilinear-antialias": bilinear_antialias,
     "tf1-bilinear": tf1_bilinear,
     "clean-bicubic": clean_bicubic,
+    "bicubic-antialias": bicubic_antialias,
 }

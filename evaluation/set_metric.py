@@ -40,12 +40,14 @@ class SetMetric(Metric):
     Attributes:
         measures: the sets it is meaningful for.
         parts: names of its values in `estimates`.
+        num_neighbours: of each image that it looks for; it needs more images than that.
         is_pairwise: compares images one by one, so that its cost grows with the square of their number.
         needs_reference: cannot be computed without one.
     """
 
     measures: ClassVar[Sequence[str]] = (SAMPLES, HOLDOUT)
     parts: ClassVar[Sequence[str]] = ("",)
+    num_neighbours: ClassVar[int] = 0
     is_pairwise: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     is_differentiable = False

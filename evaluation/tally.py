@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.estimates import Estimate, leave_one_out, mean_estimate, perplexity, usage
+from evaluation.estimates import Estimate, blocked_mean, leave_one_out, perplexity, usage
 from evaluation.grids import grid_positions, pairs_png, tiles_png
 from evaluation.label_metrics import mean_iou
 from evaluation.metrics import FeatureKey, MetricPlan
@@ -157,6 +157,7 @@ class HoldoutTally:
         self._counts = np.zeros((real.num_blocks, codebook_size), np.int64)
         self._pixels: dict[str, list[np.ndarray]] = {name: [] for name in plan.pixels}
         self._nll: list[np.ndarray] = []
+        self._blocks: list[np.ndarray] = []
         self._overlaps: np.ndarray | int = 0
         self._plan = plan
         self._num_images = len(labels)
@@ -175,6 +176,7 @@ class HoldoutTally:
         self.real.add(indices, images.features, codes)
         self.reconstructed.add(indices, images.reconstruction_features)
         blocks = self.real.blocks[indices]
+        self._blocks.append(blocks)
         np.add.at(self._counts, (blocks[:, None], codes), 1)
         if images.overlaps is not None:
             self._overlaps += np.stack([images.overlaps[blocks == block].sum(axis=0) for block in range(self.real.num_blocks)])
@@ -200,7 +202,11 @@ class HoldoutTally:
         psnr in dB; pixel_accuracy, mean_iou and codebook_usage in [0, 1]; codebook_perplexity in codes; validation_nll in nats per
         code; validation_bits_per_image in bits.
         """
-        found = {name: mean_estimate(np.concatenate(values)) for name, values in self._pixels.items()}
+
+        def mean(parts: Sequence[np.ndarray], unit: float = 1.0) -> Estimate:
+            return blocked_mean(np.concatenate(parts) / unit, np.concatenate(self._blocks), self.real.num_blocks)
+
+        found = {name: mean(values) for name, values in self._pixels.items()}
         num_usable = self._num_images - self.num_unusable
         if self._plan.has_mean_iou:
             found["mean_iou"] = leave_one_out(mean_iou, np.asarray(self._overlaps), num_usable)
@@ -208,9 +214,8 @@ class HoldoutTally:
             found["codebook_usage"] = Estimate(usage(self._counts.sum(axis=0)), num_usable)
             found["codebook_perplexity"] = leave_one_out(perplexity, self._counts, num_usable)
         if self._plan.has_likelihood:
-            nll = np.concatenate(self._nll)
-            found["validation_nll"] = mean_estimate(nll / num_codes)
-            found["validation_bits_per_image"] = mean_estimate(nll / math.log(2.0))
+            found["validation_nll"] = mean(self._nll, num_codes)
+            found["validation_bits_per_image"] = mean(self._nll, math.log(2.0))
         return found
 
     def side_by_side(self) -> bytes:

@@ -28,6 +28,7 @@ def content(step, gfd, *, night=None, run="/runs/a", num_samples=512, distance=N
         "sampling": sampling,
         "seed": seed,
         "num_samples": num_samples,
+        "num_blocks": 10,
         "extractor_fingerprint": distance,
         "reference_key": "reference",
     }

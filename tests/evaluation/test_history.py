@@ -4,8 +4,9 @@ import pytest
 from report_support import record
 
 from cluster.checkpoints import WEIGHTS, Commit, checkpoint_path, write_commit
+from evaluation.describe import recorded_sampling
 from evaluation.history import choose_headline, write_report
-from evaluation.prepare import EvaluateOptions, recorded_sampling
+from evaluation.prepare import EvaluateOptions
 from stages.config import select_sections
 from stages.options import Config, EvaluationOptions, RunOptions, SamplingOptions, TokenizerOptions
 

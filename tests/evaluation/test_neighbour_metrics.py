@@ -3,8 +3,16 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
+from evaluation.estimates import jackknife
 from evaluation.frechet import Reference
-from evaluation.neighbour_metrics import DensityCoverage, NearestTraining, PrecisionRecall, copied_share, distances
+from evaluation.neighbour_metrics import (
+    DensityCoverage,
+    NearestTraining,
+    PrecisionRecall,
+    copied_share,
+    distances,
+    share_beyond,
+)
 from evaluation.set_metric import ReferenceSet
 from evaluation.statistics import GaussianStatistics
 
@@ -47,11 +55,24 @@ def test_equal_the_definitions(monkeypatch, scale):
 def test_error_bars_are_those_of_leaving_out_blocks():
     x, y = features(N, 1, 0.8), features(M, 2)
     estimates = metric_of(PrecisionRecall, x, y, K).estimates() | metric_of(DensityCoverage, x, y, K).estimates()
-    without = [textbook(np.delete(x, np.arange(block, N, K), axis=0), y) for block in range(K)]
+    without = {
+        blocks: textbook(np.delete(x, np.flatnonzero(np.isin(np.arange(N) % K, blocks)), axis=0), y)
+        for blocks in ((0,), (1,), (2,), (3,), (0, 1), (2, 3))
+    }
+    whole = textbook(x, y)
     for name in ("recall", "coverage"):
-        values = np.array([each[name] for each in without])
-        expected = np.sqrt((K - 1) / K * np.sum((values - values.mean()) ** 2))
-        assert estimates[name].standard_error == pytest.approx(expected)
+        singles, pairs = ([found[name] for blocks, found in without.items() if len(blocks) == n] for n in (1, 2))
+        pairs = pairs if name == "recall" else []
+        assert estimates[name].standard_error == pytest.approx(jackknife(whole[name], singles, N, pairs).standard_error)
+        assert estimates[name].bias_corrected is None
+
+
+def test_the_error_bar_of_recall_is_that_of_repeated_draws():
+    """40 draws of 300 images; leaving out single blocks only gives 1.5 times their standard deviation."""
+    y = features(300, 2)
+    found = [metric_of(PrecisionRecall, features(300, seed), y, 10).estimates()["recall"] for seed in range(100, 140)]
+    values, errors = np.array([(each.value, each.standard_error) for each in found]).T
+    assert 0.75 < errors.mean() / values.std(ddof=1) < 1.25
 
 
 def test_few_modes_are_precise_but_not_covering():
@@ -84,3 +105,14 @@ def test_copies_of_training_images_show_and_fresh_images_do_not():
     nearest, which = copies.nearest()
     assert which[300:].tolist() == list(range(M))
     np.testing.assert_allclose(nearest[300:], np.sqrt(5) * 1e-3, rtol=0.05)
+
+
+@pytest.mark.parametrize("num_ordinary, expected", [(99, 0.01), (512, 0.01), (50, 1 / 51), (20, 1 / 21)])
+def test_of_ordinary_values_about_one_in_a_hundred_is_beyond(num_ordinary, expected):
+    """Means over 2,000 draws of both sets, whose error bar counts the noise of the limit."""
+    generator = np.random.default_rng(num_ordinary)
+    found = [share_beyond(generator.normal(size=200), generator.normal(size=num_ordinary)) for _ in range(2000)]
+    shares = np.array([each.value for each in found])
+    assert shares.mean() == pytest.approx(expected, rel=0.1)
+    if num_ordinary == 512:
+        assert np.mean([each.standard_error for each in found]) == pytest.approx(shares.std(), rel=0.3)

@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 44
 LEGEND_HEIGHT = 24
 BAR_HEIGHT, BAR_PITCH, BAR_TEXT, CAP = 16, 52, 130, 4
 CHARACTER_WIDTH = 7.3  # on average, at the larger font of narrow pages; only the legend's spacing depends on it
+MOST_DOTS = 40  # on a curve
 MOST_CHARACTERS = int((WIDTH - LEFT - 30) / CHARACTER_WIDTH)  # of a name in the legend
 
 
@@ -24,7 +25,7 @@ class Series:
     Attributes:
         label: name in the legend.
         x, y: coordinates; points that are not finite are left out.
-        error: half length of the bar at each point, None for no bar; empty for none at all.
+        error: half length of the bar at each point, None for no bar; empty for none at all. A band on curves of many points.
         joined: whether a line joins the points.
         colour: index of one of the page's chart colours.
     """
@@ -192,17 +193,24 @@ def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
 
 
 def _marks(series: Series, points: list[tuple[float, float, float]], x_axis: Axis, y_axis: Axis) -> list[str]:
+    drawn = [(_x(x_axis, x), _y(y_axis, y), _y(y_axis, y - error), _y(y_axis, y + error)) for x, y, error in points]
+    # Dots and error bars on a long curve would hide it.
+    is_long = series.joined and len(points) > MOST_DOTS
     parts = []
+    if is_long and any(error for _, _, error in points):
+        edge = [(x, high) for x, _, _, high in drawn] + [(x, low) for x, _, low, _ in reversed(drawn)]
+        parts.append(f'<polygon class="fill{series.colour} band" points="{_path(edge)}"/>')
     if series.joined and len(points) > 1:
-        path = " ".join(f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}" for x, y, _ in points)
-        parts.append(f'<polyline class="line{series.colour}" points="{path}"/>')
-    # Dots on a long curve would hide it.
-    if len(points) <= 40 or not series.joined:
-        for x, y, error in points:
-            if error:
-                parts.append(_whisker_y(_x(x_axis, x), _y(y_axis, y - error), _y(y_axis, y + error), series.colour))
-            parts.append(_dot(_x(x_axis, x), _y(y_axis, y), 3, series.colour))
+        parts.append(f'<polyline class="line{series.colour}" points="{_path([(x, y) for x, y, _, _ in drawn])}"/>')
+    for x, y, low, high in () if is_long else drawn:
+        if low != high:
+            parts.append(_whisker_y(x, low, high, series.colour))
+        parts.append(_dot(x, y, 3, series.colour))
     return parts
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
 def _dot(x: float, y: float, radius: float, colour: int) -> str:

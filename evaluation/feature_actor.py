@@ -69,10 +69,11 @@ class FeatureActor:
         """Features of samples uint8 (n, H, W, C), and the images at the positions `tiles`."""
         return self._features(images, self.plan.features_of(SAMPLES)), {position: images[position] for position in tiles}
 
-    def of_reference(self, uris: Sequence[str], keys: Sequence[FeatureKey]) -> tuple[Features, np.ndarray]:
-        """Features under these keys of the real images that can be used, and which can, bool (m,)."""
+    def of_reference(self, uris: Sequence[str], keys: Sequence[FeatureKey]) -> tuple[Features, np.ndarray, dict[str, str]]:
+        """Features under these keys of the real images that can be used, which can, bool (m,), and the fingerprints of the extractors,
+        by name."""
         images, is_usable = self._read(uris)
-        return self._features(images, keys), is_usable
+        return self._features(images, keys), is_usable, {name: self.extractors[name].fingerprint for name, _ in keys}
 
     def of_damaged(self, uris: Sequence[str], keys: Sequence[FeatureKey]) -> Features:
         """Features of the real images that can be used, after they were damaged (see `evaluation.self_test`)."""

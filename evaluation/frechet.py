@@ -18,6 +18,7 @@ from evaluation.estimates import Estimate, jackknife
 from evaluation.statistics import GaussianStatistics, merge_all, subtract
 
 BLOCK_SIZE = 256  # rows and columns of a product at a time
+NEGATIVE = 1e-3  # of the largest eigenvalue: what float32 rounds below zero is a hundredth of that
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +42,16 @@ class Reference:
 
 
 def covariance_factor(covariance: np.ndarray) -> np.ndarray:
-    """B, float64 (d, r), with B B^T = covariance (d, d) and zeros above its diagonal; r is the numerical rank."""
+    """B, float64 (d, r), with B B^T = covariance (d, d) and zeros above its diagonal; r is the numerical rank.
+
+    Raises:
+        ValueError: it has an eigenvalue clearly below zero, so it is no covariance.
+    """
     eigenvalues, vectors = np.linalg.eigh(covariance)
-    floor = max(float(eigenvalues[-1]), 0.0) * len(eigenvalues) * np.finfo(np.float64).eps
+    largest = max(float(eigenvalues[-1]), 0.0)
+    if eigenvalues[0] < -NEGATIVE * largest:
+        raise ValueError(f"has the eigenvalue {eigenvalues[0]:.3g}")
+    floor = largest * len(eigenvalues) * np.finfo(np.float64).eps
     kept = eigenvalues > floor
     root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
     r_RD: np.ndarray = np.linalg.qr(root.T, mode="r")  # type: ignore[assignment]  # numpy's stubs know one mode only

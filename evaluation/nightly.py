@@ -6,33 +6,28 @@ stays. Claims keep two nightlies from doing the same work; alerts that went out 
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.alerts import Alerts
+from evaluation.budget import Budget, BudgetSpent
 from evaluation.candidates import Candidate, find_candidates
 from evaluation.claims import Claim, take_claim
 from evaluation.compare import group_series, regressions_of, to_judge
-from evaluation.evaluate import EvaluateOptions, evaluate, log_progress, prepare
+from evaluation.evaluate import EvaluateOptions, evaluate, prepare
 from evaluation.history import write_report
 from evaluation.hooks import check_hooks
 from evaluation.records import Record, find_record, list_records, record_id, run_of
 from pipeline import storage
-from stages.errors import StorageError, TesseraError
+from stages.errors import TesseraError
 from stages.options import NightlyOptions
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
 REGRESSED = 3
-WHOLE_NIGHT = 0.9  # share of the budget
-
-
-class BudgetSpent(TesseraError):
-    """The time is over while an evaluation runs."""
 
 
 @dataclass
@@ -63,11 +58,11 @@ def nightly(options: EvaluateOptions, settings: NightlyOptions) -> dict[str, Any
     """
     check_hooks(settings)
     night, claims = Night(), _Claims(options.evaluation.path, settings.claim_seconds)
-    deadline = time.monotonic() + (settings.time_budget_seconds or float("inf"))
+    budget = Budget(options.evaluation.path, options.evaluation.num_samples, settings.time_budget_seconds)
     with claims:
-        for candidate in find_candidates(options, settings.runs, settings.best):
+        for candidate in budget.order(find_candidates(options, settings.runs, settings.best)):
             with _noting_failure(night, candidate.name):
-                _visit(candidate, night, claims, settings, deadline)
+                _visit(candidate, night, claims, budget)
         records = list_records(options.evaluation.path, night.failed)
         page = storage.join(options.evaluation.path, PAGE)
         with _noting_failure(night, "page"):
@@ -114,7 +109,7 @@ class _Claims:
         for identifier, claim in self._held.items():
             try:
                 claim.release()
-            except StorageError as error:  # it runs out by itself
+            except OSError as error:  # a full disk, a store that fails: the claim runs out by itself
                 logger.warning("The claim on %s could not be given back: %s", identifier, error)
 
     def take(self, identifier: str) -> bool:
@@ -127,7 +122,7 @@ class _Claims:
         return True
 
 
-def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: NightlyOptions, deadline: float) -> None:
+def _visit(candidate: Candidate, night: Night, claims: _Claims, budget: Budget) -> None:
     options = candidate.choose()
     if options is None:
         return
@@ -137,8 +132,7 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
     if (record := find_record(evaluation_path, identifier)) is not None:
         night.present[path] = record.path
         return
-    budget, left = settings.time_budget_seconds or float("inf"), deadline - time.monotonic()
-    if _expected_seconds(evaluation_path, path, options.evaluation.num_samples, budget) > left:
+    if not budget.holds(run_of(path)):
         logger.warning("%s is left for another night: nightly.time_budget_seconds does not suffice", path)
         night.out_of_time.append(path)
     elif not claims.take(identifier):
@@ -147,45 +141,17 @@ def _visit(candidate: Candidate, night: Night, claims: _Claims, settings: Nightl
     elif (record := find_record(evaluation_path, identifier)) is not None:  # between the look and the claim
         night.present[path] = record.path
     else:
+        has_whole_night = budget.begin(run_of(path))
         try:
-            night.evaluated[path] = evaluate(options, _progress_until(deadline, budget), preparation).path
+            record = evaluate(options, budget.progress(), preparation)
         except BudgetSpent as error:
-            if left > WHOLE_NIGHT * budget:  # no night would be long enough
+            if has_whole_night:  # no night would be long enough
                 raise
             logger.warning("%s is left for another night: %s", path, error)
             night.out_of_time.append(path)
-
-
-def _expected_seconds(evaluation_path: str, checkpoint: str, num_samples: int, budget: float) -> float:
-    """What the last evaluation of so many samples took, of the checkpoint's run, or else of another one if the budget could hold it:
-    how long its model takes says little of this one. Nothing is known at first.
-
-    Raises:
-        TesseraError: no night has room for one.
-    """
-    alike = [record for record in list_records(evaluation_path) if record.content["evaluation"]["num_samples"] == num_samples]
-    own = [record for record in alike if record.run == run_of(checkpoint)]
-    seconds = [record.content["wall_seconds"]["total"] for record in own or alike]
-    if own and seconds[-1] > budget:
-        raise TesseraError(
-            f"nightly.time_budget_seconds is {budget:g}, but the last evaluation of this run with as many samples took {seconds[-1]:.0f}, "
-            f"so no night has room for one. Raise it, or lower evaluation.num_samples."
-        )
-    return seconds[-1] if seconds and seconds[-1] <= budget else 0.0
-
-
-def _progress_until(deadline: float, budget: float) -> Any:
-    report = log_progress()
-
-    def progress(done: dict[str, int], totals: dict[str, int]) -> None:
-        if time.monotonic() > deadline:
-            raise BudgetSpent(
-                f"nightly.time_budget_seconds is {budget:g}, but then an evaluation was still running. Raise it, or lower "
-                f"evaluation.num_samples."
-            )
-        report(done, totals)
-
-    return progress
+        else:
+            night.evaluated[path] = record.path
+            budget.add(record)
 
 
 def _render(options: EvaluateOptions, settings: NightlyOptions, page: str) -> None:

@@ -124,6 +124,8 @@ def store_reference(
     features: np.ndarray | None = None,
     kept: np.ndarray | None = None,
     self_test: Mapping[str, float] | None = None,
+    *,
+    extractor_fingerprint: str,
 ) -> StoredReference:
     """Keeps a reference and returns what is kept: the first one stored under a key stays.
 
@@ -135,6 +137,7 @@ def store_reference(
         features: float32 (m, d) of some of them.
         kept: int64 (m,), positions in the listing of those.
         self_test: see `StoredReference`.
+        extractor_fingerprint: of the extractor that made the features; for readers of the file, since `key` does not tell.
     """
     arrays: dict[str, Any] = {
         "n": np.int64(statistics.n),
@@ -149,6 +152,7 @@ def store_reference(
         "sha256": _arrays_hash(arrays),
         "num_unusable": num_unusable,
         "self_test": dict(self_test) if self_test is not None else None,
+        "extractor_fingerprint": extractor_fingerprint,
         "format_version": FORMAT_VERSION,
     }
     buffer = io.BytesIO()
@@ -197,7 +201,7 @@ def read_statistics(path: str, output: str, extractor: Extractor) -> StoredRefer
     Args:
         path: a local or s3:// .npz.
         output: features, or spatial (which ADM's files have).
-        extractor: files of others do not say which one they are of, ours do.
+        extractor: what the file must be of, where it says so; files of others do not.
 
     Raises:
         ArtefactError: there is no such file, it is damaged, or it holds no statistics of this extractor.
@@ -222,19 +226,26 @@ def read_statistics(path: str, output: str, extractor: Extractor) -> StoredRefer
             f"evaluation.reference_path is {path}, which has {found}, but the metrics need {names[0]} ({width},) and "
             f"{names[1]} ({width}, {width}). Name statistics of the same extractor."
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
-        raise ArtefactError(
-            f"evaluation.reference_path is {path}, but its {names[1]} is not symmetric or not finite, so it is no covariance. "
-            f"Make the file again."
-        )
     if made_with not in (None, extractor.fingerprint):
         raise ArtefactError(
             f"evaluation.reference_path is {path}, made with the extractor of fingerprint {made_with}, but {extractor.name} "
             f"has {extractor.fingerprint}. Name statistics of the same extractor."
         )
+    try:
+        factor = _checked_factor(mean, covariance)
+    except ValueError as error:
+        raise ArtefactError(
+            f"evaluation.reference_path is {path}, but its {names[1]} {error}, so it is no covariance. Make the file again."
+        ) from error
     sha256 = hashlib.sha256(data).hexdigest()
     key = canonical_hash({"file": sha256, "output": output})
-    return StoredReference(ReferenceSet(Reference(mean, covariance_factor(covariance), n)), key, sha256)
+    return StoredReference(ReferenceSet(Reference(mean, factor, n)), key, sha256)
+
+
+def _checked_factor(mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
+        raise ValueError("is not symmetric or not finite")
+    return covariance_factor(covariance)
 
 
 def statistics_npz(references: Mapping[str, StoredReference], meta: dict[str, Any]) -> bytes:

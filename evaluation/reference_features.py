@@ -159,11 +159,13 @@ def _made(
     first: dict[FeatureKey, list[np.ndarray]] = {features: [] for features in keys}
     chosen = {features: fair_choice(len(uris), images.num_kept[features]) for features in keys}
     usable: list[np.ndarray] = []
+    fingerprints: dict[str, str] = {}
 
     def call(item: Item) -> Call:
         return "of_reference", (uris[slice(*item)], wanted)
 
-    for item, (found, is_usable) in run(len(uris), call):
+    for item, (found, is_usable, made_with) in run(len(uris), call):
+        fingerprints |= made_with
         indices = np.arange(*item)[is_usable]
         usable.append(indices)
         for features, values in found.items():
@@ -188,6 +190,7 @@ def _made(
             features=np.concatenate(kept[features]) if kept[features] else None,
             kept=positions[chosen[features][positions]],
             self_test=tests.get(features),
+            extractor_fingerprint=fingerprints[features[0]],
         )
         for features, key in keys.items()
     }
@@ -200,7 +203,7 @@ def run_self_tests(uris: Sequence[str], keys: Sequence[FeatureKey], run: RunCall
         TesseraError: an extractor fails.
     """
     found: dict[FeatureKey, list[np.ndarray]] = {features: [] for features in keys}
-    for _, (parts, _) in run(min(len(uris), 2 * NUM_IMAGES), lambda item: ("of_reference", (uris[slice(*item)], keys))):
+    for _, (parts, *_) in run(min(len(uris), 2 * NUM_IMAGES), lambda item: ("of_reference", (uris[slice(*item)], keys))):
         for features, values in parts.items():
             found[features].append(np.array(values))
     return _self_tests({features: np.concatenate(values) for features, values in found.items()}, uris, run)

@@ -74,6 +74,21 @@ def test_every_error_has_its_bar():
     assert len(bars) == 2 and heights[1] == pytest.approx(2 * heights[0], rel=0.02)
 
 
+def test_a_curve_of_many_points_has_its_errors_as_a_band():
+    n = 60
+    x, y, errors = list(range(n)), [5.0 + i % 3 for i in range(n)], [1.0 + i % 2 for i in range(n - 1)] + [None]
+    svg = ElementTree.fromstring(line_chart([Series("d", x, y, errors, colour=2)], title="t", x_label="step"))
+    assert not list(svg.iter(f"{SVG}path")) and len(list(svg.iter(f"{SVG}circle"))) == 1, "that of the legend"
+    (band,), (line,) = ([numbers(mark.get("points")) for mark in svg.iter(f"{SVG}{kind}")] for kind in ("polygon", "polyline"))
+    high, middle, low = band[1 : 2 * n : 2], line[1::2], band[: 2 * n : -2]
+    assert band[: 2 * n : 2] == line[::2] == band[-2 : 2 * n - 1 : -2], "over the whole curve and back"
+    heights = [bottom - top for top, bottom in zip(high, low)]
+    assert heights == pytest.approx([(e or 0.0) * heights[0] for e in errors], abs=0.2)
+    assert [(top + bottom) / 2 for top, bottom in zip(high, low)] == pytest.approx(middle, abs=0.11)
+    without = line_chart([Series("d", x, y)], title="t", x_label="step")
+    assert "polygon" not in without and "polyline" in without
+
+
 @given(st.lists(st.tuples(values, values, st.floats(0, 1e6)), min_size=1, max_size=30))
 def test_all_marks_lie_inside_the_chart(rows):
     x, y, error = zip(*rows)

@@ -82,7 +82,7 @@ def test_extractors_compute_in_full_float32():
 def test_an_item_without_a_usable_image_is_empty(actor):
     images, codes, labels = actor.of_holdout(["gone"], np.array([0]), tiles=[0])
     assert (len(images.features[KEY]), len(images.pixels["psnr"]), codes.shape, len(labels)) == (0, 0, (0, 16), 0)
-    features, is_usable = actor.of_reference(["gone", actor.source.uris[0]], [KEY])
+    features, is_usable, _ = actor.of_reference(["gone", actor.source.uris[0]], [KEY])
     assert len(features[KEY]) == 1 and is_usable.tolist() == [False, True]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import functools
 import json
 import os
@@ -14,12 +15,14 @@ from evaluation_support import make_checkpoint, write_job
 from report_support import content
 
 from cluster import checkpoints
+from evaluation import budget as budget_module
 from evaluation import nightly as nightly_module
 from evaluation.candidates import find_candidates, find_runs
 from evaluation.claims import take_claim
 from evaluation.evaluate import prepare
 from evaluation.nightly import nightly
-from evaluation.records import Record, list_records, record_id, write_record
+from evaluation.records import Record, list_records, record_id, run_of, write_record
+from pipeline import storage
 from pipeline.code_dataset import CodeDataset
 from stages.config import to_yaml
 from stages.errors import ArtefactError
@@ -42,11 +45,12 @@ def options(job, tmp_path):
     return dataclasses.replace(job, run=RunOptions(path=str(tmp_path / "run")), evaluation=evaluation)
 
 
-def fabricate(options, progress=None, preparation=None, gfd=90.0):
+def fabricate(options, progress=None, preparation=None, gfd=90.0, seconds=60.0):
     """Stores what `evaluate` would, without measuring anything."""
     preparation = preparation or prepare(options)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     body = {**content(100, gfd), **preparation.description, "identity": preparation.identity, "created_at": now}
+    body |= {"wall_seconds": {"total": seconds}}
     return write_record(options.evaluation.path, record_id(preparation.identity), body, {})
 
 
@@ -142,16 +146,13 @@ def test_the_claim_of_a_living_nightly_is_respected_and_that_of_a_dead_one_taken
 
 
 @pytest.mark.ray
-def test_no_evaluation_starts_that_the_budget_cannot_hold_and_one_that_runs_is_stopped(ray_cluster, options, monkeypatch):
+def test_an_evaluation_that_the_whole_night_cannot_hold_is_stopped_and_is_an_error(ray_cluster, options, monkeypatch):
     stopped = nightly(options, NightlyOptions(time_budget_seconds=2.0))
     (message,) = stopped["failed"].values()  # it had the whole night
     assert "time_budget_seconds is 2, but then an evaluation was still running" in message and stopped["exit_code"] == 1
     assert list_records(options.evaluation.path) == []
     monkeypatch.setattr(nightly_module, "evaluate", fabricate)
     assert nightly(options, NightlyOptions())["evaluated"], "the claim was given back"
-    new = add_checkpoint(options, step=9, seed=1)
-    took = list_records(options.evaluation.path)[-1].content["wall_seconds"]["total"]
-    assert nightly(options, NightlyOptions(time_budget_seconds=took + 1e-6))["out_of_time"] == [new.path]
 
 
 def test_newest_and_best_of_every_run_are_found_with_their_own_inputs(options, tmp_path):
@@ -218,39 +219,87 @@ def test_nothing_that_is_damaged_or_lost_ends_the_night(options, tmp_path, unmea
     assert failing in found["failed"] and os.path.exists(found["page"])
 
 
-def test_a_budget_that_no_evaluation_fits_into_is_an_error(options, unmeasured):
+class Clock:
+    """Evaluations that take, on a clock that else stands still, so many seconds by the name of the run."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.now = seconds, 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def evaluate(self, options, progress, preparation):
+        seconds = self.seconds[os.path.basename(options.run.path)]
+        self.now += seconds
+        progress({}, {})
+        return fabricate(options, preparation=preparation, seconds=seconds)
+
+
+@pytest.fixture
+def night(options, tmp_path, monkeypatch):
+    """A night of 100 seconds over the runs below `runs/`, in which a checkpoint was added to each; they take so many seconds."""
+    steps = iter(range(11, 99))
+
+    def run_night(**seconds):
+        clock, step = Clock(**seconds), next(steps)
+        for name in seconds:
+            add_checkpoint(options, step, str(tmp_path / "runs" / name), seed=step)
+        monkeypatch.setattr(budget_module, "time", clock)
+        monkeypatch.setattr(nightly_module, "evaluate", clock.evaluate)
+        found = nightly(options, NightlyOptions(runs=(str(tmp_path / "runs"),), best=False, time_budget_seconds=100.0))
+        names = {name: [run_of(path).rpartition("/")[2] for path in found[name]] for name in ("evaluated", "out_of_time", "failed")}
+        return found | names
+
+    return run_night
+
+
+def test_no_evaluation_starts_that_would_end_after_the_night_and_what_waited_comes_first(night):
+    found = [night(a=70.0, b=70.0) for _ in range(3)]
+    assert [each["evaluated"] for each in found] == [["b"], ["a"], ["b"]]
+    assert [each["out_of_time"] for each in found] == [["a"], ["b"], ["a"]]
+
+
+def test_a_slow_evaluation_bars_no_later_one_and_runs_with_one_get_the_start_of_a_night_in_turn(night, options, tmp_path):
+    for name in "ab":
+        run = RunOptions(path=str(tmp_path / "runs" / name))
+        add_checkpoint(options, 9, run.path)
+        fabricate(dataclasses.replace(options, run=run, checkpoint="latest"), seconds=500.0)
+    found = [night(a=20.0, b=20.0) for _ in range(2)]
+    assert [each["evaluated"] for each in found] == [["a"], ["b", "a"]]
+    assert [each["out_of_time"] for each in found] == [["b"], []], "not at the start, b needs more than is left, as far as one knows"
+
+
+def test_a_run_that_fits_into_no_night_leaves_every_second_one_to_the_others(night):
+    found = [night(a=150.0, b=20.0) for _ in range(4)]
+    assert [each["evaluated"] for each in found] == [["b"], [], ["b"], []]
+    assert [each["failed"] for each in found] == [[], ["a"], [], ["a"]]
+    assert [each["exit_code"] for each in found] == [0, 1, 0, 1]
+
+
+def test_an_evaluation_that_began_late_is_left_for_another_night(night):
+    assert night(a=150.0, b=20.0)["out_of_time"] == ["a"]
+
+
+def test_the_history_is_read_for_the_budget_once_and_only_if_there_is_one(options, night, unmeasured, monkeypatch):
+    reads = []
+    monkeypatch.setattr(budget_module, "list_records", lambda path: reads.append(path) or list_records(path))
     nightly(options, NightlyOptions())
-    add_checkpoint(options, step=9, seed=1)
-    (record,) = list_records(options.evaluation.path)
-    budget = record.content["wall_seconds"]["total"] / 2
-    found = nightly(options, NightlyOptions(time_budget_seconds=budget))
-    assert found["exit_code"] == 1 and "no night has room for one" in found["failed"][options.run.path]
+    assert reads == []
+    night(a=1.0, b=1.0, c=1.0)
+    assert reads == [options.evaluation.path]
 
 
-def test_an_evaluation_that_began_late_is_left_for_another_night(options, monkeypatch):
-    def overtaken(options, progress=None, preparation=None):
-        raise nightly_module.BudgetSpent("over")
+def test_a_claim_that_cannot_be_given_back_does_not_end_the_night(options, unmeasured, monkeypatch):
+    replace = storage.replace
 
-    find = find_candidates
+    def replace_unless_full(path, data):
+        if "/claims/" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, data)
 
-    def late(*args):
-        time.sleep(0.3)
-        return find(*args)
-
-    monkeypatch.setattr(nightly_module, "evaluate", overtaken)
-    monkeypatch.setattr(nightly_module, "find_candidates", late)
-    found = nightly(options, NightlyOptions(time_budget_seconds=1.0))
-    assert (len(found["out_of_time"]), found["failed"], found["exit_code"]) == (1, {}, 0)
-
-
-def test_how_long_another_runs_model_takes_locks_nobody_out(options, unmeasured):
-    nightly(options, NightlyOptions())
-    (record,) = list_records(options.evaluation.path)
-    body = {k: v for k, v in record.content.items() if k not in ("format", "format_version", "record_id", "grids", "sha256")}
-    body |= {"checkpoint": "/large/run/checkpoints/step-000000001-x", "wall_seconds": {"total": 9e9}}
-    write_record(options.evaluation.path, "f" * 32, {**body, "created_at": "2099-01-01T00:00:00.000+00:00"}, {})
-    new = add_checkpoint(options, step=9, seed=1)
-    assert list(nightly(options, NightlyOptions(time_budget_seconds=3600.0))["evaluated"]) == [new.path]
+    monkeypatch.setattr(storage, "replace", replace_unless_full)
+    found = nightly(options, NightlyOptions())
+    assert (len(found["evaluated"]), found["exit_code"]) == (1, 0)
 
 
 def test_what_no_hook_would_take_is_told_when_the_training_has_gone_on(options, tmp_path, unmeasured, monkeypatch):

@@ -1,3 +1,6 @@
+import functools
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,11 +14,13 @@ from evaluation.reference import (
     reference_key,
     reference_path,
     statistics_npz,
-    store_reference,
 )
+from evaluation.reference import store_reference as store_reference_of
 from evaluation.statistics import GaussianStatistics
 from stages.errors import ArtefactError
 from stages.options import ImageOptions, SourceOptions
+
+store_reference = functools.partial(store_reference_of, extractor_fingerprint="f" * 64)
 
 
 def listing(n: int, prefix: str = "a", num_bytes: int | None = 7) -> pa.Table:
@@ -140,11 +145,47 @@ def test_statistics_written_for_others_read_back_and_know_their_extractor(tmp_pa
         read_statistics(str(tmp_path / "theirs.npz"), "features", Extractor8())
 
 
+def test_a_reference_of_a_history_knows_its_extractor(tmp_path, statistics):
+    for key, fingerprint in (("k" * 64, Extractor8.fingerprint), ("l" * 64, "0" * 64)):
+        store_reference_of(str(tmp_path), key, statistics, 0, extractor_fingerprint=fingerprint)
+    own, other = (reference_path(str(tmp_path), letter * 64) for letter in "kl")
+    assert read_statistics(own, "features", Extractor8()).to_dict()["n"] == 50
+    with pytest.raises(ArtefactError, match=f"{other}, made with the extractor of fingerprint 0{{64}}"):
+        read_statistics(other, "features", Extractor8())
+
+
+def test_a_reference_of_an_older_history_which_does_not_name_its_extractor_is_read(tmp_path, statistics):
+    key = "k" * 64
+    stored = store_reference(str(tmp_path), key, statistics, num_unusable=0)
+    path = reference_path(str(tmp_path), key)
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    del meta["extractor_fingerprint"]
+    np.savez(path, **arrays | {"meta": np.array(json.dumps(meta))})
+    assert load_reference(str(tmp_path), key).to_dict() == stored.to_dict()
+    assert read_statistics(path, "features", Extractor8()).to_dict()["n"] == 50
+
+
+def test_a_covariance_that_float32_rounded_serves(tmp_path):
+    few = GaussianStatistics.of(np.random.default_rng(0).normal(size=(5, 8)) * 10.0 ** np.arange(8))
+    sigma = few.covariance.astype(np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    np.savez(tmp_path / "rounded.npz", mu=few.mean, sigma=sigma)
+    assert read_statistics(str(tmp_path / "rounded.npz"), "features", Extractor8()).reference.gaussian.factor.shape[1] <= 8
+
+
 def test_files_that_cannot_serve_are_refused(tmp_path, statistics):
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "damaged.npz").write_bytes(b"PK no zip")
     np.save(tmp_path / "mean.npy", np.zeros(8))
-    for name, sigma in (("nan.npz", np.full((8, 8), np.nan)), ("skew.npz", np.triu(np.ones((8, 8))))):
+    one_below = np.diag([1.0] * 7 + [-5.0])
+    for name, sigma in (
+        ("nan.npz", np.full((8, 8), np.nan)),
+        ("skew.npz", np.triu(np.ones((8, 8)))),
+        ("negative.npz", -np.eye(8)),
+        ("indefinite.npz", one_below),
+    ):
         np.savez(tmp_path / name, mu=np.zeros(8), sigma=sigma)
     for name, message in (
         ("none.npz", "no such file"),
@@ -152,6 +193,8 @@ def test_files_that_cannot_serve_are_refused(tmp_path, statistics):
         ("mean.npy", "cannot be read"),
         ("nan.npz", "sigma is not symmetric or not finite"),
         ("skew.npz", "sigma is not symmetric or not finite"),
+        ("negative.npz", "sigma has the eigenvalue -1, so it is no covariance"),
+        ("indefinite.npz", "sigma has the eigenvalue -5, so it is no covariance"),
         ("narrow.npz", r"a mean of shape \(3,\), but the metrics need mu \(8,\)"),
     ):
         with pytest.raises(ArtefactError, match=f"evaluation.reference_path is .*{name}.*{message}"):

@@ -1,10 +1,12 @@
 """References made of images that a stub turns into features, without Ray."""
 
+import json
+
 import numpy as np
 import pytest
 
 from evaluation.estimates import fair_choice
-from evaluation.reference import load_reference
+from evaluation.reference import load_reference, reference_path
 from evaluation.reference_features import ReferenceImages, references_of
 from stages.errors import TesseraError
 
@@ -19,7 +21,7 @@ class Actor:
     def of_reference(self, uris, keys):
         is_usable = np.array(["bad" not in uri for uri in uris])
         found = [features_of(uri) for uri, usable in zip(uris, is_usable) if usable]
-        return {key: np.array(found).reshape(-1, WIDTH) for key in keys}, is_usable
+        return {key: np.array(found).reshape(-1, WIDTH) for key in keys}, is_usable, {name: f"weights of {name}" for name, _ in keys}
 
     def of_damaged(self, uris, keys):
         return {key: values + 9.0 for key, values in self.of_reference(uris, keys)[0].items()}
@@ -54,6 +56,16 @@ def test_features_that_are_kept_know_which_listed_images_they_are_of(tmp_path):
         assert stored.kept.dtype == np.int64
         expected = [features_of(images.uris[position]) for position in stored.kept]
         np.testing.assert_array_equal(stored.reference.features, expected)
+
+
+def test_a_reference_names_the_extractor_that_made_it(tmp_path):
+    other = ("y", "none")
+    images = ReferenceImages(path=str(tmp_path), uris=uris_of(40), num_kept={NONE: 0, other: 0})
+    keys = {NONE: "a" * 16, other: "b" * 16}
+    references_of(images, keys, dict.fromkeys(keys, WIDTH), run)
+    for features, key in keys.items():
+        with np.load(reference_path(str(tmp_path), key)) as file:
+            assert json.loads(str(file["meta"]))["extractor_fingerprint"] == f"weights of {features[0]}"
 
 
 def test_a_single_usable_image_makes_no_reference(tmp_path):

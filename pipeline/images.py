@@ -12,7 +12,7 @@ from stages.errors import BadImage
 
 # Only formats decoded in this process: Pillow would hand others, such as EPS, to external programs. With the suffixes of their files.
 FORMATS = {
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
     "GIF": (".gif",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),

@@ -130,12 +130,19 @@ def list_files(path: str, suffix: str = "", *, follow_links: bool = False) -> li
 
 
 @on_store
-def list_sizes(path: str, *, follow_links: bool = False) -> dict[str, int]:
-    """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing."""
+def list_sizes(path: str, *, follow_links: bool = False) -> dict[str, int | None]:
+    """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing. None for a dangling link."""
     if is_local(path):
-        return {name: os.path.getsize(name) for name in list_files(path, follow_links=follow_links)}
+        return {name: _size_if_there(name) for name in list_files(path, follow_links=follow_links)}
     found = {S3 + name: info["size"] for name, info in _fs().find(path, detail=True).items()}
     return {name: found[name] for name in sorted(found) if _is_finished(name, path)}
+
+
+def _size_if_there(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return None
 
 
 def _is_finished(file: str, folder: str) -> bool:

@@ -136,6 +136,12 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, listing):
         listing(str(tmp_path))
 
 
+def test_a_link_that_leads_nowhere_is_listed_without_a_size(tmp_path):
+    (tmp_path / "a").write_bytes(b"four")
+    os.symlink("nowhere", tmp_path / "b")
+    assert storage.list_sizes(str(tmp_path)) == {f"{tmp_path}/a": 4, f"{tmp_path}/b": None}
+
+
 def test_replace_overwrites(folder):
     path = storage.join(folder, "report.html")
     storage.replace(path, b"old")

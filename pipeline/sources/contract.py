@@ -34,7 +34,13 @@ class Source(Protocol):
         """Table of `listing`; ids unique, and the same in every listing. ConfigError when there is nothing."""
 
     def fetch(self, uri: str) -> bytes:
-        """The stored bytes of an image. FileNotFoundError if it is gone, OSError for other faults of storage."""
+        """The stored bytes of an image.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            BadImage: the source does not say where it is.
+            OSError: another fault of storage.
+        """
 
     def decode(self, data: bytes) -> Example:
         """Pixels of fetched bytes. BadImage when the content cannot be used."""

@@ -6,6 +6,7 @@ wins. What the S3 client raises becomes a StorageError that says what is wrong w
 FileNotFoundError on either side.
 """
 
+import fcntl
 import functools
 import hashlib
 import logging
@@ -257,7 +258,7 @@ def download(path: str, local_file: str) -> None:
 
 
 def local_copy(path: str) -> str:
-    """A local file with these bytes: the path itself if local, else a download cached by path and entity tag."""
+    """A local file with these bytes: the path itself if local, else a download cached by path and entity tag, one per machine."""
     if is_local(path):
         return path
     info = _info(path)
@@ -265,10 +266,29 @@ def local_copy(path: str) -> str:
     target = os.path.join(tempfile.gettempdir(), f"tessera-cache-{os.getuid()}", key)
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex}"
+        with _locked(f"{target}.lock"):
+            if not os.path.exists(target):
+                _download_whole(path, target)
+    return target
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Holds a lock that processes of this machine, and their threads, wait for. Whoever dies releases it; its empty file stays."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download_whole(path: str, target: str) -> None:
+    """A download that is whole or absent. Its caller is the only one, so that the next takes the place of what a dead one left."""
+    temporary = f"{target}.part"
+    try:
         download(path, temporary)
         os.replace(temporary, target)
-    return target
+    except BaseException:
+        delete(temporary)
+        raise
 
 
 def check_conditional_put(path: str) -> None:

@@ -6,12 +6,24 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from stages.errors import BadImage
 
-# Only formats decoded in this process: Pillow would hand others, such as EPS, to external programs.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Only formats decoded in this process: Pillow would hand others, such as EPS, to external programs. With the suffixes of their files.
+FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+if "avif" in features.modules and features.check("avif"):  # not in every build of Pillow
+    FORMATS["AVIF"] = (".avif",)
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # What decoders raise on damaged data.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError, struct.error)
 NPY_MAGIC, PNG_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
@@ -33,11 +45,12 @@ TURNS = {
 def decode_image(data: bytes) -> np.ndarray:
     """Encoded bytes to uint8 pixels (H, W, 1) or (H, W, 3).
 
-    EXIF orientation is applied, transparency is laid on white, CMYK and palettes become RGB, 16-bit grey becomes 8-bit,
-    and of an animation the first frame is taken.
+    EXIF orientation is applied, colour profiles (ICC) are not; transparency is laid on white, CMYK and palettes become RGB, 16-bit grey
+    becomes 8-bit, and of an animation the first frame is taken.
 
     Raises:
-        BadImage: empty, not-an-image, truncated, decompression-bomb (more than 89 million pixels) or undecodable.
+        BadImage: empty, not-an-image, truncated, decompression-bomb (more than 89 million pixels) or undecodable, as are floats and 32-bit
+            integers.
     """
     pixels = _decode(data, lambda image: np.asarray(_to_grey_or_rgb(image)))
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -111,7 +124,7 @@ def _decode(data: bytes, convert: Callable[[Image.Image], np.ndarray]) -> np.nda
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata around good pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
             image.load()
             return convert(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -130,11 +143,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM":  # whose greys Pillow scales to 16 bits
         values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "F":
-        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+        return Image.fromarray(np.where(values == image.info.get("transparency", -1), 255, values >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadImage(
+            "undecodable",
+            f"its pixels are {'floats' if image.mode == 'F' else '32-bit integers'}, of which nothing says what is white; convert it to 8 "
+            f"or 16 bits, or name it as a map of numbers",
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

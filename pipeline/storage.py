@@ -6,6 +6,7 @@ wins. What the S3 client raises becomes a StorageError that says what is wrong w
 FileNotFoundError on either side.
 """
 
+import fcntl
 import functools
 import hashlib
 import logging
@@ -130,12 +131,19 @@ def list_files(path: str, suffix: str = "", *, follow_links: bool = False) -> li
 
 
 @on_store
-def list_sizes(path: str, *, follow_links: bool = False) -> dict[str, int]:
-    """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing."""
+def list_sizes(path: str, *, follow_links: bool = False) -> dict[str, int | None]:
+    """Bytes of the files of `list_files`, by path and in its order; a store gives both in one listing. None for a dangling link."""
     if is_local(path):
-        return {name: os.path.getsize(name) for name in list_files(path, follow_links=follow_links)}
+        return {name: _size_if_there(name) for name in list_files(path, follow_links=follow_links)}
     found = {S3 + name: info["size"] for name, info in _fs().find(path, detail=True).items()}
     return {name: found[name] for name in sorted(found) if _is_finished(name, path)}
+
+
+def _size_if_there(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return None
 
 
 def _is_finished(file: str, folder: str) -> bool:
@@ -250,7 +258,7 @@ def download(path: str, local_file: str) -> None:
 
 
 def local_copy(path: str) -> str:
-    """A local file with these bytes: the path itself if local, else a download cached by path and entity tag."""
+    """A local file with these bytes: the path itself if local, else a download cached by path and entity tag, one per machine."""
     if is_local(path):
         return path
     info = _info(path)
@@ -258,10 +266,29 @@ def local_copy(path: str) -> str:
     target = os.path.join(tempfile.gettempdir(), f"tessera-cache-{os.getuid()}", key)
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex}"
+        with _locked(f"{target}.lock"):
+            if not os.path.exists(target):
+                _download_whole(path, target)
+    return target
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Holds a lock that processes of this machine, and their threads, wait for. Whoever dies releases it; its empty file stays."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download_whole(path: str, target: str) -> None:
+    """A download that is whole or absent. Its caller is the only one, so that the next takes the place of what a dead one left."""
+    temporary = f"{target}.part"
+    try:
         download(path, temporary)
         os.replace(temporary, target)
-    return target
+    except BaseException:
+        delete(temporary)
+        raise
 
 
 def check_conditional_put(path: str) -> None:

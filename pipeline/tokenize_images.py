@@ -15,8 +15,10 @@ import ray
 
 from pipeline import storage
 from pipeline.code_dataset.codec import num_bits
+from pipeline.code_dataset.compact import MAX_PART_BYTES, file_bytes_per_row
 from pipeline.code_dataset.garbage import collect_garbage
 from pipeline.code_dataset.manifest import is_published, read_manifest, row_format_of
+from pipeline.code_dataset.parts import RowFormat
 from pipeline.code_dataset.plan import Plan, freeze, make_plan
 from pipeline.code_dataset.publish import publish, total_counts
 from pipeline.code_dataset.receipts import read_receipts
@@ -149,6 +151,12 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
             f"codes.row_group_rows is {codes.row_group_rows}, but a row is found by a shift. Use a power of two, such as "
             f"{1 << codes.row_group_rows.bit_length()}."
         )
+    most = _most_group_rows(tokenizer, options)
+    if (codes.row_group_rows or 1) > most:
+        raise ConfigError(
+            f"codes.row_group_rows is {codes.row_group_rows}, but so many rows are more than the {MAX_PART_BYTES / 1e6:.0f} MB of a part, "
+            f"which holds whole row groups. Use at most {most}."
+        )
     views = expand_views(images.views)
     image_bytes = len(views) * images.size**2 * input_channels(images, options.tokenizer)
     if codes.shard_size * image_bytes > MAX_SHARD_BYTES:
@@ -157,6 +165,13 @@ def check_images(tokenizer: Tokenizer, options: TokenizeOptions) -> tuple[str, .
             f"{MAX_SHARD_BYTES >> 30} GiB that one task hands on. Use at most {max(1, MAX_SHARD_BYTES // image_bytes)}."
         )
     return views
+
+
+def _most_group_rows(tokenizer: Tokenizer, options: TokenizeOptions) -> int:
+    """The largest power of two of rows, with labels, that a part has room for."""
+    num_codes = math.prod(tokenizer.grid(options.images.size))
+    rows = RowFormat(num_codes, tokenizer.codebook_size, has_labels=True, conditions=options.codes.conditions)
+    return 1 << max(1, int(MAX_PART_BYTES / file_bytes_per_row(rows))).bit_length() - 1
 
 
 def plan_identity(

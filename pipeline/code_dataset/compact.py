@@ -1,4 +1,4 @@
-"""From many small shards to parts of 40 to 100 MB: duplicates found, unused codebook entries left out, rows in plan order.
+"""From many small shards to parts of at most 98 MB: duplicates found, unused codebook entries left out, rows in plan order.
 
 Both steps work shard by shard or part by part and depend on nothing else, so a caller may spread them over machines.
 """
@@ -122,7 +122,6 @@ def plan_compaction(
         original = np.flatnonzero(np.any([survey.is_used for survey in surveys], axis=0)).astype(np.uint16)
     published = stored if original is None else stored.with_codebook_size(len(original))
     group_rows = row_group_rows or published.row_group_rows()
-    file_bytes_per_row = sum(published.addressed.values()) + DESCRIBED_BYTES_PER_ROW
     return Compaction(
         root=root,
         plan_fp=plan_fp,
@@ -133,14 +132,19 @@ def plan_compaction(
         original=original,
         dropped=dropped,
         row_group_rows=group_rows,
-        part_starts=part_bounds(sum(kept), group_rows, file_bytes_per_row),
+        part_starts=part_bounds(sum(kept), group_rows, file_bytes_per_row(published)),
     )
 
 
-def part_bounds(num_rows: int, row_group_rows: int, file_bytes_per_row: float) -> np.ndarray:
-    """Rows at which parts start, and at the end `num_rows`: whole row groups, spread evenly, at most 98 MB each."""
+def file_bytes_per_row(row_format: RowFormat) -> int:
+    """Bytes of a row in a part at most. What describes it is counted before compression: all that is known whatever the shards are."""
+    return sum(row_format.addressed.values()) + DESCRIBED_BYTES_PER_ROW
+
+
+def part_bounds(num_rows: int, row_group_rows: int, bytes_per_row: float) -> np.ndarray:
+    """Rows at which parts start, and at the end `num_rows`: whole row groups, spread evenly, at most 98 MB each or one row group."""
     num_groups = -(-num_rows // row_group_rows)
-    most = max(1, int(MAX_PART_BYTES // (row_group_rows * file_bytes_per_row)))
+    most = max(1, int(MAX_PART_BYTES // (row_group_rows * bytes_per_row)))
     num_parts = -(-num_groups // most)
     groups = np.arange(num_parts + 1) * num_groups // num_parts
     return np.minimum(groups * row_group_rows, num_rows)

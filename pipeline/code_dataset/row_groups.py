@@ -4,6 +4,8 @@ A reader asks for groups of a column and gets addresses. A group that was not as
 local ones by a thread beside the reader, fetched ones before they are used.
 """
 
+import functools
+import logging
 import mmap
 import os
 import tempfile
@@ -23,8 +25,11 @@ from pipeline import storage
 from pipeline.kernels import READ_AHEAD, first_absent
 from stages.errors import ArtefactError
 
+logger = logging.getLogger(__name__)
+
 NUM_FETCHERS = 8
 TEMPORARY_SECONDS = 3600.0  # older than any fetch that still runs
+MEMORY_BYTES = 1 << 30  # of a column's groups that cannot be kept as files
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def _check_all(found: list[tuple[Extent, np.ndarray]]) -> None:
 class CachedRowGroups:
     """Groups of parts on S3, fetched by range and kept in a local folder that the processes of a machine share.
 
-    A cached file proves itself: it is used if its hash is right, whoever wrote it, and fetched anew if not.
+    A cached file proves itself: it is used if its hash is right, whoever wrote it, and fetched anew if not. Where one cannot be written,
+    as on a full disk, its group is served from memory: 1 GiB of such groups of a column are kept, and those that are asked for at once.
 
     Args:
         num_groups: of the column.
@@ -137,6 +143,7 @@ class CachedRowGroups:
         self.addresses = np.zeros(num_groups, np.uint64)
         self._extent_of, self._folder, self._max_bytes = extent_of, folder, max_bytes
         self._maps: dict[int, mmap.mmap] = {}
+        self._without_file: set[int] = set()
         self._fetcher = ThreadPoolExecutor(max_workers=NUM_FETCHERS, thread_name_prefix="row-group-fetcher")
         self._ahead: dict[int, Future[mmap.mmap]] = {}
         self._lock = threading.Lock()
@@ -199,6 +206,7 @@ class CachedRowGroups:
     def _fetch(self, group: int) -> mmap.mmap:
         """The group's file in memory, checked. It stays there if another process of this machine removes the file to make room."""
         extent, file = self._extent_of(group), self._file(group)
+        self._without_file.discard(group)
         try:
             mapped = _map_file(file)
             extent.check(memoryview(mapped)[: len(mapped) - READ_AHEAD])
@@ -212,25 +220,65 @@ class CachedRowGroups:
                 f"{extent.path} is missing, but the manifest lists it. Restore it, or tokenize anew."
             ) from None
         extent.check(values)
-        temporary = f"{file}.{uuid.uuid4().hex}"
-        with open(temporary, "wb") as target:
-            target.write(values + bytes(READ_AHEAD))
-        mapped = _map_file(temporary)
-        os.replace(temporary, file)
+        data = values + bytes(READ_AHEAD)
+        try:
+            return _write_file(file, data)
+        except OSError as error:
+            _warn_of_no_file(self._folder, str(error.strerror))
+        self._without_file.add(group)
+        mapped = mmap.mmap(-1, len(data))
+        mapped.write(data)
         return mapped
 
     def _evict(self, keep: int) -> None:
-        total = sum(self._sizes.values())
-        while total > self._max_bytes and len(self._sizes) > keep:
-            group, num_bytes = self._sizes.popitem(last=False)
-            total -= num_bytes
-            if group in self._maps:
-                self.addresses[group] = 0
-                self._maps.pop(group).close()
+        self._make_room(list(self._sizes), self._max_bytes, keep)
+        self._make_room([group for group in self._sizes if group in self._without_file], MEMORY_BYTES, keep)
+
+    def _make_room(self, groups: list[int], max_bytes: int, keep: int) -> None:
+        """Drops groups from the first on until so many bytes of them are left, or the last `keep` alone."""
+        total = sum(self._sizes[group] for group in groups)
+        for group in groups[: max(0, len(groups) - keep)]:
+            if total <= max_bytes:
+                return
+            total -= self._sizes[group]
+            self._drop(group)
+
+    def _drop(self, group: int) -> None:
+        del self._sizes[group]
+        if group in self._maps:
+            self.addresses[group] = 0
+            self._maps.pop(group).close()
+        if group not in self._without_file:
             try:
                 os.unlink(self._file(group))
             except FileNotFoundError:
                 pass  # another process of this machine was first
+
+
+def _write_file(path: str, data: bytes) -> mmap.mmap:
+    """A file that is whole or absent, in memory. It stays there if another process of this machine removes it to make room."""
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        mapped = _map_file(temporary)
+        os.replace(temporary, path)
+        return mapped
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def _warn_of_no_file(folder: str, reason: str) -> None:
+    """Once per folder and reason."""
+    logger.warning(
+        "codes.cache_path is %s, but row groups cannot be written there (%s): few are kept, in memory, and others are fetched again when "
+        "needed. Make room there, or name another folder",
+        folder,
+        reason,
+    )
 
 
 def _map_file(path: str) -> mmap.mmap:

@@ -34,7 +34,13 @@ class Source(Protocol):
         """Table of `listing`; ids unique, and the same in every listing. ConfigError when there is nothing."""
 
     def fetch(self, uri: str) -> bytes:
-        """The stored bytes of an image. FileNotFoundError if it is gone, OSError for other faults of storage."""
+        """The stored bytes of an image.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            BadImage: the source does not say where it is.
+            OSError: another fault of storage.
+        """
 
     def decode(self, data: bytes) -> Example:
         """Pixels of fetched bytes. BadImage when the content cannot be used."""
@@ -47,12 +53,20 @@ def listing(
     num_bytes: Sequence[int | None] | None = None,
     etag: Sequence[str] | None = None,
 ) -> pa.Table:
-    """Table with image_id int64, uri string, label int32, num_bytes int64, etag string; what is not given is null."""
+    """Table with image_id int64, uri string, label int32, num_bytes int64, etag string; what is not given is null.
+
+    Raises:
+        ConfigError: a uri that is not UTF-8, as the name of a local file need not be.
+    """
     n = len(image_id)
+    try:
+        uris = pa.array(uri, pa.string())
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"The source has the file {error.object!r}, but that name is not UTF-8. Rename the file.") from error
     return pa.table(
         {
             "image_id": pa.array(image_id, pa.int64()),
-            "uri": pa.array(uri, pa.string()),
+            "uri": uris,
             "label": pa.nulls(n, pa.int32()) if label is None else pa.array(label, pa.int32()),
             "num_bytes": pa.nulls(n, pa.int64()) if num_bytes is None else pa.array(num_bytes, pa.int64()),
             "etag": pa.nulls(n, pa.string()) if etag is None else pa.array(etag, pa.string()),
@@ -61,8 +75,8 @@ def listing(
 
 
 def hashed_id(text: str) -> int:
-    """A 63-bit id of a name: the start of its sha-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    """A 63-bit id of a name: the start of its sha-256. A file's name has one even if it is not UTF-8, which `listing` refuses."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little") >> 1
 
 
 def split_path(options: SourceOptions, split: Split) -> tuple[str, str | None]:

@@ -1,21 +1,33 @@
 """Image files: one folder per class, one flat folder, or a list file. Local or s3://."""
 
 import functools
+import logging
 import os
 import posixpath
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.images import SUFFIXES
 from pipeline.sources.contract import Example, Split, check_listing, hashed_id, listing, split_by_hash, split_path
 from pipeline.sources.map_files import decode_packed, map_folders, map_sizes, pack
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
+
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
+COMMENT = "#"
+MACOS_FOLDER = "__MACOSX"  # of the archives that macOS makes
+HIDDEN = "hidden"
+# Pictures that people take for images, too, and that no decoder here knows.
+UNREADABLE = (
+    ".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ico", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"
+)
+NUM_SUFFIXES = 8  # named in a message at most
 
 Entry = tuple[str, str]  # path, class name or ""
 
@@ -23,8 +35,9 @@ Entry = tuple[str, str]  # path, class name or ""
 class ImageFolder:
     """Images below `source.path`.
 
-    A folder with subfolders gives one class per subfolder, in order of name; a flat folder gives none. A list file has
-    one path per line, relative to the file, and after a tab optionally the class name. An image's id is a hash of its
+    A folder with subfolders gives one class per subfolder, in order of name; a flat folder gives none. Hidden files and what is in
+    hidden folders (names that begin with a dot, and the __MACOSX of archives) do not count. A list file has one path per line, relative
+    to the file, and after a tab optionally the class name; lines that begin with # are comments. An image's id is a hash of its
     path relative to the root, and images are listed in order of id, so that the first `num_images` are a fair sample. The listing
     has the sizes of the files (but not of those that a list on S3 names), so that a file which changed is noticed if its size did.
     Maps lie in folders of their own under the same relative paths; their sizes are the entity tags of the listing.
@@ -121,7 +134,12 @@ def _class_names(entries: Iterable[Entry]) -> tuple[str, ...]:
 
 def _folder_entries(key: str, path: str, files: Iterable[str]) -> list[Entry]:
     root = _root_folder(path)
-    images = [image for image in files if image.lower().endswith(SUFFIXES)]
+    images: list[str] = []
+    others: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        kind = _kind(_relative(file, root))
+        (images if kind in SUFFIXES else others[kind]).append(file)
+    _log_others(key, path, others)
     if not images:
         raise ConfigError(
             f"{key} is {path}, but there are no images in it ({', '.join(SUFFIXES)}). Name a place with images."
@@ -133,9 +151,34 @@ def _folder_entries(key: str, path: str, files: Iterable[str]) -> list[Entry]:
     return list(zip(images, names))
 
 
+def _kind(relative: str) -> str:
+    """The suffix of a file in lower case, or HIDDEN."""
+    is_hidden = any(part.startswith(".") or part == MACOS_FOLDER for part in relative.split("/"))
+    return HIDDEN if is_hidden else posixpath.splitext(relative)[1].lower()
+
+
+def _log_others(key: str, path: str, others: dict[str, list[str]]) -> None:
+    """Says which files of a folder are passed over, by kind."""
+    pictures = {kind: files for kind, files in others.items() if kind in UNREADABLE}
+    companions = {kind: files for kind, files in others.items() if kind not in UNREADABLE}
+    if pictures:
+        logger.warning("%s is %s, where pictures that cannot be read are passed over: %s. Convert them", key, path, _count(pictures))
+    if companions:
+        logger.info("%s is %s, where files that are no images are passed over: %s", key, path, _count(companions))
+
+
+def _count(others: dict[str, list[str]]) -> str:
+    """The most frequent kinds of files, with how many there are of each, and an example."""
+    counts = Counter({kind: len(files) for kind, files in others.items()}).most_common()
+    texts = [f"{count} {kind or 'without a suffix'}" for kind, count in counts[:NUM_SUFFIXES]]
+    if rest := sum(count for _, count in counts[NUM_SUFFIXES:]):
+        texts.append(f"{rest} others")
+    return f"{', '.join(texts)}, such as {others[counts[0][0]][0]!r}"
+
+
 def _list_file_entries(key: str, path: str) -> list[Entry]:
     try:
-        lines = storage.read_bytes(path).decode().splitlines()
+        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ConfigError(f"{key} is {path}, but there is no such list file. Name an existing one.") from None
     except UnicodeDecodeError as error:
@@ -143,6 +186,8 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
     root = _root_folder(path)
     entries = []
     for line in filter(None, map(str.strip, lines)):
+        if line.startswith(COMMENT):
+            continue
         name, _, label = line.partition("\t")
         is_absolute = name.startswith(("/", storage.S3))
         entries.append((name if is_absolute else storage.join(root, name), label.strip()))
@@ -150,4 +195,10 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
         raise ConfigError(f"{key} is {path}, but the list is empty. Write one path per line.")
     if any(label for _, label in entries) and not all(label for _, label in entries):
         raise ConfigError(f"{key} is {path}, but only some of its lines name a class. Label all or none.")
+    first = entries[0][0]
+    if storage.is_local(path) and storage.is_local(first) and not os.path.exists(first):
+        raise ConfigError(
+            f"{key} is {path}, but the first file that it names, {first!r}, does not exist. Write one path per line, relative to the list, "
+            f"and after a tab optionally a class."
+        )
     return entries

@@ -111,9 +111,9 @@ class MapFolder:
             return data
         return None
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int | None]:
         """Bytes of every file, by its path relative to the folder and without suffix. ConfigError when two differ in their suffix only."""
-        sizes: dict[str, int] = {}
+        sizes: dict[str, int | None] = {}
         for path, size in storage.list_sizes(self.folder, follow_links=True).items():
             stem = _stem(path.removeprefix(self.folder + "/"))
             if not path.endswith(MAP_SUFFIXES):

@@ -22,10 +22,11 @@ from pipeline.sources.contract import (
     split_path,
 )
 from pipeline.sources.map_files import decode_packed, map_columns, pack
-from stages.errors import ConfigError
+from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
 
 SCHEME = "parquet://"
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
 
 class ParquetFiles:
@@ -34,7 +35,8 @@ class ParquetFiles:
     By that order the first `num_images` are a fair sample, and so are neighbouring rows of a code dataset, however the files are sorted.
     The price is that nearly every image read decodes a row group of its own, which should be small.
 
-    Columns: `image` or `uri` (absolute, or relative to the file); optionally `label` (integer, 0-based) and `image_id`
+    Columns: `image` (bytes, or structs of `bytes` and `path`, of which the path is read where the bytes are null) or `uri`; uris and paths
+    are absolute, s3:// or relative to the file. Optionally `label` (integer, 0-based) and `image_id`
     (int64; a hash of file name and row where there is none), and columns of maps beside `image`. Classes are named by their number.
     The entity tag of a row is a hash of its file's footer, which a file that changed seldom keeps.
     """
@@ -63,6 +65,8 @@ class ParquetFiles:
         if not uri.startswith(SCHEME):
             return storage.read_bytes(uri)
         file, _, row = uri.removeprefix(SCHEME).rpartition("#")
+        if IMAGE not in _open(file).schema_arrow.names:
+            raise BadImage("empty", f"row {row} of {file} has no uri")
         image, *maps = _read_row(file, int(row), (IMAGE, *self._maps))
         return pack(image or b"", dict(zip(self._maps, maps, strict=True)))
 
@@ -88,25 +92,12 @@ def _rows(key: str, path: str, maps: tuple[str, ...]) -> pa.Table:
 def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Table:
     parquet = _open(file)
     columns, n = parquet.schema_arrow.names, parquet.metadata.num_rows
-    if IMAGE not in columns and "uri" not in columns:
-        raise ConfigError(f"{key} leads to {file}, but it has neither an image nor a uri column. Add one of them.")
-    missing = [column for column in (IMAGE, *maps) if maps and column not in columns]
-    if missing:
-        raise ConfigError(
-            f"{key} leads to {file}, but it has no column {missing[0]}, and maps are columns beside {IMAGE}. Its columns are "
-            f"{', '.join(columns)}; name maps of these."
-        )
-    for column in maps:
-        kind = parquet.schema_arrow.field(column).type
-        kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise ConfigError(f"{key} leads to {file}, but its {column} column is {kind}, and maps are encoded images. Store their bytes.")
+    _check_columns(key, file, parquet.schema_arrow, maps)
     columns = [column for column in columns if column not in maps]  # a map may be called label
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
-    if IMAGE in columns:
-        uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
-    else:
-        uris = [_absolute_uri(uri or "", file) for uri in table["uri"].to_pylist()]
+    uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
+    if IMAGE not in columns:  # a row without a uri keeps its own, and `fetch` says what it lacks
+        uris = [_absolute_uri(uri, file) if uri else row for uri, row in zip(_listed_uris(key, file, table), uris)]
     if "image_id" in columns:
         ids = _integers(key, file, table, "image_id")
     else:
@@ -120,6 +111,45 @@ def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Tabl
             f"{key} leads to {file}, but its labels run from {labels.min()} to {labels.max()}. Number classes from 0."
         )
     return listing(ids, uris, labels.astype(np.int32), etag=etags)
+
+
+def _check_columns(key: str, file: str, schema: pa.Schema, maps: tuple[str, ...]) -> None:
+    """Refuses a file without images or maps, or with other things than bytes in their place."""
+    if IMAGE not in schema.names and "uri" not in schema.names:
+        raise ConfigError(f"{key} leads to {file}, but it has neither an image nor a uri column. Add one of them.")
+    missing = [column for column in (IMAGE, *maps) if maps and column not in schema.names]
+    if missing:
+        raise ConfigError(
+            f"{key} leads to {file}, but it has no column {missing[0]}, and maps are columns beside {IMAGE}. Its columns are "
+            f"{', '.join(schema.names)}; name maps of these."
+        )
+    for column in (IMAGE, *maps):
+        kind = schema.field(column).type if column in schema.names else pa.binary()
+        if not _holds_bytes(kind):
+            things, way_out = ("images", ", or call a column of paths uri") if column == IMAGE else ("maps", "")
+            raise ConfigError(
+                f"{key} leads to {file}, but its {column} column is {kind}, and {things} are encoded images. Store their bytes{way_out}."
+            )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and (pa.types.is_null(kind.field(index).type) or _holds_bytes(kind.field(index).type))
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(value) for is_kind in BINARY)
+
+
+def _listed_uris(key: str, file: str, table: pa.Table) -> list[str | None]:
+    uris = table["uri"].to_pylist()
+    for uri in filter(None, uris):
+        if not isinstance(uri, str):
+            raise ConfigError(f"{key} leads to {file}, but its uri column is {table['uri'].type}. Store paths or s3:// uris as text.")
+        if not _is_readable(uri):
+            raise ConfigError(
+                f"{key} leads to {file}, but its uri {uri} is neither a path nor an s3:// uri. Download such files, and name them by path."
+            )
+    return uris
 
 
 def _footer_hash(file: str) -> str:
@@ -141,6 +171,10 @@ def _integers(key: str, file: str, table: pa.Table, column: str) -> np.ndarray:
     return values.to_numpy().astype(np.int64)
 
 
+def _is_readable(uri: str) -> bool:
+    return "://" not in uri or uri.startswith(storage.S3)
+
+
 def _absolute_uri(uri: str, file: str) -> str:
     return uri if uri.startswith("/") or "://" in uri else storage.join(posixpath.dirname(file), uri)
 
@@ -156,8 +190,19 @@ def _open(file: str) -> pq.ParquetFile:
 def _read_row(file: str, row: int, columns: tuple[str, ...]) -> list[bytes | None]:
     group, start = _locate(file, row)
     table = _read_group(file, group, columns)
-    values: list[Any] = [table[column][row - start].as_py() for column in columns]
-    return [value["bytes"] if isinstance(value, dict) else value for value in values]
+    return [_content(table[column][row - start].as_py(), file, row) for column in columns]
+
+
+def _content(value: Any, file: str, row: int) -> bytes | None:
+    """Bytes as they are, those of a struct, or those of the file that a struct without bytes names."""
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if value["bytes"] is not None or not path:
+        return value["bytes"]
+    if not _is_readable(path):
+        raise BadImage("empty", f"row {row} of {file} has no bytes, and {path} is neither a path nor an s3:// uri")
+    return storage.read_bytes(_absolute_uri(path, file))
 
 
 def _locate(file: str, row: int) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class CodesOptions:
         "Number the codebook entries that occur densely, so that fewer bits hold them; readers see the codes as ever.",
     )
     row_group_rows: int | None = option(
-        None, "Rows per row group, a power of two; 16384, or fewer of large rows, if not given.", low=1
+        None, "Rows per row group, a power of two, at most what a part of 98 MB holds; 16384, or fewer of large rows, if not given.", low=1
     )
     verify_on_open: bool = option(
         True,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, ImageCms
+from PIL import EpsImagePlugin, Image, ImageCms, features
 
 from pipeline.images import decode_image, decode_label_map, decode_number_map
 from pipeline.sources.image_folder import ImageFolder
@@ -94,6 +94,8 @@ COLOUR = {
     "TIFF of two pages": encode(red(), "TIFF", save_all=True, append_images=[BLUE]),
     "animated PNG": encode(red(), "PNG", save_all=True, append_images=[BLUE]),
     "JPEG 2000": encode(red(), "JPEG2000"),
+    **({"AVIF": encode(red(), "AVIF", quality=95)} if features.check("avif") else {}),
+    "MPO of two pictures": encode(red(), "MPO", quality=95, save_all=True, append_images=[BLUE]),
     "Adobe's inverted CMYK JPEG": RED_CMYK_JPEG,
     "inverted CMYK JPEG without Adobe's marker": without_adobe_marker(RED_CMYK_JPEG),
     "YCCK JPEG": ycck_jpeg(),
@@ -122,9 +124,12 @@ GREY_VALUE = {
     "1 bit": (encode(Image.new("1", (12, 10), 1)), 255),
     "16 bit PNG": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.uint16))), 90),
     "16 bit TIFF": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.uint16)), "TIFF"), 90),
-    "32 bit TIFF": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.int32)), "TIFF"), 90),
-    "float TIFF": (encode(Image.fromarray(np.full((10, 12), 90.0, np.float32)), "TIFF"), 90),
-    "float TIFF of NaN": (encode(Image.fromarray(np.full((10, 12), np.nan, np.float32)), "TIFF"), 0),
+    "16 bit PGM": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.uint16)), "PPM"), 90),
+    "12 bit PGM": (b"P5 12 10 4095\n" + struct.pack(">H", 1445) * 120, 90),
+    "transparent 16 bit PNG": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.uint16)), transparency=90 * 257), 255),
+    "16 bit PNG with another transparent grey": (
+        encode(Image.fromarray(np.full((10, 12), 90 * 257, np.uint16)), transparency=90 * 257 + 1), 90
+    ),
 }
 
 
@@ -201,6 +206,8 @@ def zip_of(data: bytes) -> bytes:
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 HALF_GIF = encode(NOISE.quantize(64), "GIF")[:1500]
 BAD = {
     "no bytes": (b"", "empty"),
@@ -226,6 +233,9 @@ BAD = {
     "a JPEG of no width": (encode(NOISE, "JPEG").replace(b"\0\x40\0\x40", b"\0\x40\0\0", 1), "not-an-image"),
     "a PNG with a wrong checksum of its header": (flip_bit(RED_PNG, 8 + 8 + 13), "not-an-image"),
     "a PNG with a flipped bit in its pixels": (flip_bit(RED_PNG, RED_PNG.index(b"IDAT") + 10), "undecodable"),
+    "32-bit integers": (encode(Image.fromarray(np.full((10, 12), 90 * 257, np.int32)), "TIFF"), "undecodable"),
+    "floats": (encode(Image.fromarray(np.full((10, 12), 0.5, np.float32)), "TIFF"), "undecodable"),
+    "a turned image of floats": (encode(Image.fromarray(np.full((10, 12), 0.5, np.float32)), "TIFF", exif=TURNED), "undecodable"),
     "noise that starts like a JPEG": (b"\xff\xd8\xff" + NOISE.tobytes()[:500], "not-an-image"),
     "noise that starts like a PNG": (RED_PNG[:8] + NOISE.tobytes()[:500], "not-an-image"),
 }
@@ -237,6 +247,16 @@ def test_bad_content_is_named(case):
     with pytest.raises(BadImage) as error:
         decode_image(data)
     assert error.value.kind == kind and error.value.message
+
+
+@pytest.mark.parametrize("case", ["floats", "32-bit integers"])
+def test_numbers_of_unknown_range_are_no_picture(case):
+    with pytest.raises(BadImage, match=f"its pixels are {case}.* convert it to 8 or 16 bits"):
+        decode_image(BAD[case][0])
+
+
+def test_floats_are_a_map_of_numbers():
+    assert (decode_number_map(BAD["floats"][0]) == 0.5).all()
 
 
 def npy(array):

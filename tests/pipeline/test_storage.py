@@ -1,9 +1,11 @@
 """The same promises for local folders and a real S3 server."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -136,6 +138,12 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, listing):
         listing(str(tmp_path))
 
 
+def test_a_link_that_leads_nowhere_is_listed_without_a_size(tmp_path):
+    (tmp_path / "a").write_bytes(b"four")
+    os.symlink("nowhere", tmp_path / "b")
+    assert storage.list_sizes(str(tmp_path)) == {f"{tmp_path}/a": 4, f"{tmp_path}/b": None}
+
+
 def test_replace_overwrites(folder):
     path = storage.join(folder, "report.html")
     storage.replace(path, b"old")
@@ -150,6 +158,40 @@ def test_local_copy_follows_the_contents(folder):
         storage.replace(path, data)
         with open(storage.local_copy(path), "rb") as file:
             assert file.read() == data
+
+
+def test_many_readers_of_a_machine_share_one_download(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path, download, downloads = storage.join(s3, "file"), storage.download, []
+    storage.replace(path, b"data")
+
+    def slow(*paths):
+        downloads.append(paths)
+        time.sleep(0.2)
+        download(*paths)
+
+    monkeypatch.setattr(storage, "download", slow)
+    with ThreadPool(8) as pool:
+        copies = set(pool.map(storage.local_copy, [path] * 8))
+    assert len(copies) == len(downloads) == 1 and Path(copies.pop()).read_bytes() == b"data"
+
+
+def test_a_download_that_fails_leaves_nothing(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = storage.join(s3, "file")
+    storage.replace(path, b"data")
+
+    def fail(path, local_file):
+        Path(local_file).write_bytes(b"da")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context:
+        context.setattr(storage, "download", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                storage.local_copy(path)
+    assert [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()] == [0], "its lock alone"
+    assert Path(storage.local_copy(path)).read_bytes() == b"data"
 
 
 def test_large_files_are_read_in_pieces_and_downloaded(folder, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def test_images_that_do_not_fit_are_refused(options, tmp_path, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"row_group_rows": 1 << 21}, "codes.row_group_rows is 2097152, but .* more than the 98 MB of a part.* Use at most 1048576"),
         ({"row_group_rows": 48}, "codes.row_group_rows is 48, .* power of two, such as 64"),
         ({"shard_size": 1_398_102}, "codes.shard_size is 1398102, .* 2 GiB .* Use at most 1398101"),
         ({"conditions": ("depth",)}, "depth is no map of this source's images, which have: none"),
@@ -108,4 +109,4 @@ def test_missing_inputs_are_named(options, tmp_path, section, error):
 
 def test_what_just_fits_is_accepted(options):
     tokenizer = open_tokenizer(options.tokenizer.path)
-    assert check_images(tokenizer, with_codes(options, shard_size=1_398_101, row_group_rows=64)) == ("center", "flip")
+    assert check_images(tokenizer, with_codes(options, shard_size=1_398_101, row_group_rows=1 << 20)) == ("center", "flip")

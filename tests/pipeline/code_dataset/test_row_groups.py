@@ -1,6 +1,7 @@
 """Row groups without a dataset: ten groups of one file, read back from the addresses that a reader gets."""
 
 import ctypes
+import errno
 import os
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import xxhash
 
 from pipeline import storage
+from pipeline.code_dataset import row_groups
 from pipeline.code_dataset.row_groups import CachedRowGroups, Extent, LocalRowGroups
 from stages.errors import ArtefactError, StorageError
 
@@ -285,3 +287,46 @@ def test_what_a_dead_process_left_half_written_goes_when_it_is_old(extents, tmp_
     os.utime(old, (1000, 1000))
     cached(extents, folder)
     assert list(folder.iterdir()) == [new]
+
+
+def fill_disk(monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", fail)
+
+
+def test_groups_are_read_although_the_disk_is_full(extents, values, tmp_path, fetched, monkeypatch, caplog):
+    fill_disk(monkeypatch)
+    column = cached(extents, tmp_path / "cache")
+    for groups in ([0, 3], [3, 5]):
+        column.require(np.array(groups), 0)
+    for group in (0, 3, 5):
+        np.testing.assert_array_equal(contents(column, group), values[group])
+    assert sorted(fetched) == [0, 3, 5] and list((tmp_path / "cache").iterdir()) == []
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"codes.cache_path is {tmp_path}/cache, but row groups cannot be written there (No space left on device)")
+
+
+def test_few_groups_stay_in_memory_while_the_disk_is_full(extents, values, tmp_path, monkeypatch):
+    fill_disk(monkeypatch)
+    monkeypatch.setattr(row_groups, "MEMORY_BYTES", 3 * CACHED_SIZE)
+    column = cached(extents, tmp_path / "cache")
+    for group in range(6):
+        column.require(np.array([group]), 0)
+    assert np.flatnonzero(column.addresses).tolist() == [3, 4, 5]
+    column.require(np.arange(4), 0)
+    for group in range(4):
+        np.testing.assert_array_equal(contents(column, group), values[group])
+
+
+def test_groups_are_kept_again_once_there_is_room(extents, tmp_path, fetched, monkeypatch):
+    monkeypatch.setattr(row_groups, "MEMORY_BYTES", 0)
+    column = cached(extents, tmp_path / "cache")
+    with monkeypatch.context() as context:
+        fill_disk(context)
+        for group in (0, 1):
+            column.require(np.array([group]), 0)
+    for group in (2, 0, 2):
+        column.require(np.array([group]), 0)
+    assert fetched == [0, 1, 2, 0] and {str(path) for path in (tmp_path / "cache").iterdir()} == {column._file(0), column._file(2)}

@@ -1,6 +1,7 @@
 """Image files in folders and lists."""
 
 import io
+import logging
 import os
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.fetch import fetch
+from pipeline.images import SUFFIXES
 from pipeline.sources.image_folder import ImageFolder
-from stages.errors import ConfigError
+from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
 
 IMAGES = ImageOptions(size=16)
@@ -61,6 +64,77 @@ def test_file_types(tmp_path, suffix):
     assert abs(int(source.decode(source.fetch(uri)).image[0, 0, 0]) - 200) <= 2
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_every_format_that_can_be_decoded_is_an_image(tmp_path, suffix):
+    save(tmp_path / f"a{suffix.upper()}", 200)
+    save(tmp_path / "b.png", 200)
+    source = source_at(tmp_path)
+    uris = source.list_images("train")["uri"].to_pylist()
+    assert len(uris) == 2 and all(abs(int(source.decode(source.fetch(uri)).image.flat[0]) - 200) <= 2 for uri in uris)
+
+
+def test_pictures_that_cannot_be_read_are_warned_of_with_their_number(tmp_path, caplog):
+    save(tmp_path / "cat" / "a.png", 0)
+    for name in ("b.heic", "c.HEIC", "d.jxl"):
+        (tmp_path / "cat" / name).write_bytes(b"")
+    source_at(tmp_path).list_images("train")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith(f"source.path is {tmp_path}, where pictures that cannot be read are passed over: 2 .heic, 1 .jxl, such as")
+    assert f"'{tmp_path}/cat/b.heic'" in warning
+
+
+def test_companions_of_images_are_passed_over_with_their_number(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    save(tmp_path / "a.png", 0)
+    for name in ("a.json", "b.json", "LICENSE", *(f"a.{i}" for i in range(9))):
+        (tmp_path / name).write_bytes(b"")
+    source_at(tmp_path).list_images("train")
+    (record,) = [record for record in caplog.records if "passed over" in record.getMessage()]
+    assert record.levelno == logging.INFO and "no images are passed over: 2 .json, 1 " in record.getMessage()
+    assert f"3 others, such as '{tmp_path}/a.json'" in record.getMessage()
+
+
+def test_a_folder_of_images_alone_needs_no_word(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    save(tmp_path / "a.png", 0)
+    source_at(tmp_path).list_images("train")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/1.png", "__MACOSX/cat/0.png", "cat/._0.png", "cat/.git/1.png", ".1.png"])
+def test_hidden_files_are_neither_images_nor_classes(tmp_path, caplog, hidden):
+    caplog.set_level(logging.INFO)
+    root = tmp_path / ".cache"  # what lies above the root does not count
+    for name in ("cat/0.png", "dog/0.png", hidden):
+        save(root / name, 0)
+    source = source_at(root)
+    assert contents(source) == {"cat/0.png": 0, "dog/0.png": 1} and source.class_names == ("cat", "dog")
+    assert f"1 hidden, such as '{root}/{hidden}'" in caplog.text
+
+
+def test_a_dangling_link_is_that_images_fault_if_it_is_named_like_one(tmp_path):
+    save(tmp_path / "0.png", 7)
+    os.symlink("nowhere", tmp_path / "9.png")
+    os.symlink("user@host.1234", tmp_path / ".#notes.txt")  # a lock of Emacs
+    source = source_at(tmp_path)
+    table = source.list_images("train")
+    sizes = dict(zip(table["uri"].to_pylist(), table["num_bytes"].to_pylist()))
+    assert sizes == {f"{tmp_path}/0.png": (tmp_path / "0.png").stat().st_size, f"{tmp_path}/9.png": None}
+    with pytest.raises(BadImage) as error:
+        fetch(source, f"{tmp_path}/9.png")
+    assert error.value.kind == "missing"
+
+
+def test_a_name_that_is_not_utf8_is_refused_if_it_is_an_images(tmp_path):
+    save(tmp_path / "0.png", 7)
+    for name in (b"caf\xe9.txt", b"caf\xe9.png"):
+        assert len(source_at(tmp_path).list_images("train")) == 1
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
+            pass
+    with pytest.raises(ConfigError, match=r"caf\\udce9.png', but that name is not UTF-8. Rename the file."):
+        source_at(tmp_path).list_images("train")
+
+
 def test_ids_depend_only_on_the_path_below_the_root(tmp_path, monkeypatch):
     for root in ("first", "elsewhere/second"):
         for i in range(5):
@@ -88,6 +162,22 @@ def test_a_list_file_with_classes(tmp_path):
     source = source_at(tmp_path / "list.txt")
     assert source.class_names == ("cat", "dog")
     assert contents(source) == {"data/my cat.png": 0, "data/rex.png": 1}
+
+
+@pytest.mark.parametrize("text", ["\ufeff0.png\n1.png", "# my images\n0.png\n\n  # more\n1.png\n", "0.png\r\n1.png\r\n"])
+def test_marks_comments_and_empty_lines_are_no_images(tmp_path, text):
+    for i in range(2):
+        save(tmp_path / f"{i}.png", i)
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    source = source_at(tmp_path / "list.txt")
+    assert set(source.list_images("train")["uri"].to_pylist()) == {f"{tmp_path}/0.png", f"{tmp_path}/1.png"}
+
+
+def test_a_list_whose_first_file_does_not_exist_is_refused(tmp_path):
+    save(tmp_path / "0.png", 0)
+    (tmp_path / "list.txt").write_text("0.png 3\n")
+    with pytest.raises(ConfigError, match=f"path is {tmp_path}/list.txt, but the first file that it names, '{tmp_path}/0.png 3', does"):
+        source_at(tmp_path / "list.txt").list_images("train")
 
 
 def test_a_list_may_name_files_anywhere(tmp_path):
@@ -161,6 +251,7 @@ def test_a_folder_and_a_list_on_s3(s3):
 
 
 def write_list(tmp_path, text: str):
+    (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
     return tmp_path / "list.txt"
 

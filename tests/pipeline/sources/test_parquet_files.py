@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.fetch import fetch
 from pipeline.sources.parquet_files import ParquetFiles
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -47,7 +48,7 @@ def test_every_row_of_every_row_group_is_read(tmp_path):
 
 
 def test_structs_of_bytes_and_path(tmp_path):
-    images = [{"bytes": png(5), "path": "x.png"}, {"bytes": None, "path": "gone.png"}]
+    images = [{"bytes": png(5), "path": "x.png"}, {"bytes": None, "path": None}]
     path = write(tmp_path / "a.parquet", image=images, image_id=[0, 1])
     source = source_at(path)
     uris = source.list_images("train")["uri"].to_pylist()
@@ -55,6 +56,31 @@ def test_structs_of_bytes_and_path(tmp_path):
     with pytest.raises(BadImage) as error:
         source.decode(source.fetch(uris[1]))
     assert error.value.kind == "empty"
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.null()], ids=["typed", "of no type"])
+def test_a_struct_without_bytes_is_read_from_its_path(tmp_path, kind):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png(9))
+    paths = ["images/a.png", str(tmp_path / "images" / "a.png"), "images/gone.png", "https://host/a.png"]
+    images = pa.array([{"bytes": None, "path": path} for path in paths], pa.struct({"bytes": kind, "path": pa.string()}))
+    source = source_at(write(tmp_path / "a.parquet", image=images, image_id=[0, 1, 2, 3]))
+    uris = source.list_images("train")["uri"].to_pylist()
+    assert [source.fetch(uri) for uri in uris[:2]] == [png(9)] * 2
+    with pytest.raises(FileNotFoundError):
+        source.fetch(uris[2])
+    with pytest.raises(BadImage, match=r"row 3 of .*a.parquet has no bytes, and https://host/a.png is neither a path nor an s3:// uri"):
+        source.fetch(uris[3])
+
+
+@pytest.mark.parametrize("uris", [["a.png", None, ""], [None] * 3], ids=["some", "all"])
+def test_a_row_without_a_uri_is_an_unusable_image(tmp_path, uris):
+    (tmp_path / "a.png").write_bytes(png(9))
+    source = source_at(write(tmp_path / "a.parquet", uri=uris, image_id=[0, 1, 2]))
+    listed = source.list_images("train")["uri"].to_pylist()
+    for row in (1, 2):
+        with pytest.raises(BadImage, match=f"row {row} of {tmp_path}/a.parquet has no uri"):
+            fetch(source, listed[row])
 
 
 def test_uris_are_relative_to_the_file(tmp_path):
@@ -132,6 +158,12 @@ BAD_FILES = {
     "null label": ({"image": ONE * 2, "label": [1, None]}, "its label column is int64 with 1 nulls"),
     "float id": ({"image": ONE, "image_id": [0.5]}, "its image_id column is double"),
     "same id twice": ({"image": ONE * 2, "image_id": [3, 3]}, "have the same image_id"),
+    "images of text": ({"image": ["a.png"]}, "its image column is string, and images are encoded images. Store their bytes, or"),
+    "images of numbers": ({"image": [5]}, "its image column is int64, and images are encoded images"),
+    "a struct of other things": ({"image": [{"path": "a.png"}]}, "its image column is struct<path: string>, and images are encoded"),
+    "a uri of the web": ({"uri": ["a.png", "https://host/b.png"]}, "its uri https://host/b.png is neither a path nor an s3:// uri"),
+    "a uri of files": ({"uri": ["file:///a.png"]}, "its uri file:///a.png is neither a path nor an s3:// uri"),
+    "uris of numbers": ({"uri": [5]}, "its uri column is int64"),
     "no rows": ({"image": pa.array([], pa.binary())}, "there are no train images in it"),
     "no labelled rows": ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no train images"),
 }

@@ -76,6 +76,15 @@ def plan_path(root: str, plan_fingerprint: str) -> str:
     return storage.join(root, "plans", plan_fingerprint, "plan.parquet")
 
 
+def claim_path(root: str) -> str:
+    """The file that says whose plan's folder this is. Folders of earlier versions have none."""
+    return storage.join(root, "plans", "claim.json")
+
+
+def claim_of(plan_fingerprint: str) -> bytes:
+    return canonical_json({"plan_fp": plan_fingerprint})
+
+
 def receipts_path(root: str, plan_fingerprint: str) -> str:
     return storage.join(root, "receipts", plan_fingerprint)
 

@@ -10,6 +10,7 @@ from cluster.tokenizer_options import check_networks, num_steps
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
 from pipeline.inputs import check_fit
+from pipeline.job_options import check_addresses
 from pipeline.loader import num_micro_batches
 from pipeline.tokenizers import tokenizer_architecture
 from pipeline.views import expand_views
@@ -36,6 +37,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
+    check_addresses(config)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
     _check_zero_stage(config.deepspeed, config.train)

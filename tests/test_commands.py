@@ -254,6 +254,27 @@ def test_a_store_that_is_not_there_is_named_before_any_work(s3, capsys, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize(
+    "arguments, key",
+    [
+        (["plan", "-c", "{config}", "codes.path={address}"], "codes.path"),
+        (["tokenize", "-c", "{config}", "source.path={address}"], "source.path"),
+        (["plan", "-c", "{config}", "source.number_maps=[depth={address}]"], "source.number_maps[depth]"),
+        (["nightly", "-c", "{config}", "nightly.runs=[{address}]"], "nightly.runs[0]"),
+        (["submit", "--address", "http://host:8265", "--", "plan", "-c", "configs/demo.yaml", "tokenizer.path={address}"], "tokenizer.path"),
+        (["verify", "{address}"], "PATH"),
+        (["import-tokenizer", "{address}", "--output", "x"], "file"),
+    ],
+)
+@pytest.mark.parametrize("address", ["gs://bucket/codes", "https://host/codes"])
+def test_an_address_of_another_kind_of_store_is_refused_by_its_key(capsys, tmp_path, monkeypatch, arguments, key, address):
+    monkeypatch.chdir(ROOT)
+    config = write_config(str(tmp_path))
+    code, _, err = run(capsys, *[text.format(config=config, address=address) for text in arguments])
+    assert code == 2 and f"error: {key} is {address}, but a path is local or begins with s3://" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_plan_prints_what_follows_and_touches_nothing(capsys, tmp_path):
     config = write_config(str(tmp_path))
     code, plan, _ = run(capsys, "plan", "-c", config, "scaling.num_workers=2", "--json")

@@ -231,6 +231,7 @@ def test_a_tokenizer_that_is_there_counts_and_not_what_would_be_trained(tmp_path
         {"deepspeed": {"zero_stage": 1, "offload_optimizer": True}},
         {"deepspeed": {"zero_stage": 3, "offload_parameters": True}},
         {"train": {"keep_best": 1, "validation_path": "runs/holdout"}},
+        {"tokenizer_train": {"perceptual_vgg": "https://host/vgg16.pth"}, "codes": {"path": "s3://bucket/codes"}},
     ],
 )
 def test_configurations_that_can_work_pass(sections):

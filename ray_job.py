@@ -47,7 +47,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     from evaluation.metrics import plan_metrics
     from pipeline.inputs import needed_maps
     from pipeline.job_options import check_reachable_paths
-    from pipeline.sources import open_source
+    from pipeline.sources import list_split, open_source
 
     config = checked_config(args)
     check_reachable_paths("source", config.source)
@@ -58,7 +58,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(
         config,
-        len(source.list_images("train")),
+        len(list_split(source, config.source, "train")),
         len(source.class_names),
         tokenizer=tokenizer,
         gpu=args.gpu,

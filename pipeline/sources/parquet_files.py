@@ -18,6 +18,7 @@ from pipeline.sources.contract import (
     check_listing,
     hashed_id,
     listing,
+    place_of,
     split_by_hash,
     split_path,
 )
@@ -35,7 +36,8 @@ class ParquetFiles:
     The price is that nearly every image read decodes a row group of its own, which should be small.
 
     Columns: `image` or `uri` (absolute, or relative to the file); optionally `label` (integer, 0-based) and `image_id`
-    (int64; a hash of file name and row where there is none), and columns of maps beside `image`. Classes are named by their number.
+    (int64; where there is none, a hash of the path that `uri` stands for, relative to the folder, or else of file name and row), and
+    columns of maps beside `image`. Classes are named by their number.
     The entity tag of a row is a hash of its file's footer, which a file that changed seldom keeps.
     """
 
@@ -103,14 +105,17 @@ def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Tabl
             raise ConfigError(f"{key} leads to {file}, but its {column} column is {kind}, and maps are encoded images. Store their bytes.")
     columns = [column for column in columns if column not in maps]  # a map may be called label
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
+    names = [f"{name}#{row}" for row in range(n)]
     if IMAGE in columns:
         uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
     else:
         uris = [_absolute_uri(uri or "", file) for uri in table["uri"].to_pylist()]
+        folder = file.removesuffix(name)
+        names = [place_of(uri).removeprefix(folder) if given else row for uri, given, row in zip(uris, table["uri"].to_pylist(), names)]
     if "image_id" in columns:
         ids = _integers(key, file, table, "image_id")
     else:
-        ids = np.array([hashed_id(f"{name}#{row}") for row in range(n)], dtype=np.int64)
+        ids = np.array(list(map(hashed_id, names)), dtype=np.int64)
     etags = [_footer_hash(file)] * n
     if "label" not in columns or (n and table["label"].null_count == n):
         return listing(ids, uris, etag=etags)
@@ -142,7 +147,10 @@ def _integers(key: str, file: str, table: pa.Table, column: str) -> np.ndarray:
 
 
 def _absolute_uri(uri: str, file: str) -> str:
-    return uri if uri.startswith("/") or "://" in uri else storage.join(posixpath.dirname(file), uri)
+    if uri.startswith(("/", SCHEME)):
+        return uri
+    storage.check_address(f"A uri of {file}", uri)
+    return uri if uri.startswith(storage.S3) else storage.join(posixpath.dirname(file), uri)
 
 
 @functools.lru_cache(maxsize=16)

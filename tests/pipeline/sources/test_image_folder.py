@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.sources.contract import hashed_id
 from pipeline.sources.image_folder import ImageFolder
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -88,6 +89,12 @@ def test_a_list_file_with_classes(tmp_path):
     source = source_at(tmp_path / "list.txt")
     assert source.class_names == ("cat", "dog")
     assert contents(source) == {"data/my cat.png": 0, "data/rex.png": 1}
+
+
+def test_ids_of_a_list_are_hashes_of_its_paths_as_they_are_usually_written(tmp_path):
+    (tmp_path / "list.txt").write_text(f"./a/../0.png\n../up.png\n{tmp_path}/b//1.png\n/other/./2.png\n")
+    ids = source_at(tmp_path / "list.txt").list_images("train")["image_id"].to_pylist()
+    assert ids == sorted(map(hashed_id, ("0.png", "../up.png", "b/1.png", "/other/2.png")))
 
 
 def test_a_list_may_name_files_anywhere(tmp_path):
@@ -173,6 +180,11 @@ BAD_INPUT = {
     "empty list": (lambda tmp_path: write_list(tmp_path, "\n\n"), "but the list is empty"),
     "some classes": (lambda tmp_path: write_list(tmp_path, "a.png\tcat\nb.png\n"), "only some of its lines name"),
     "twice the same": (lambda tmp_path: write_list(tmp_path, "a.png\na.png\n"), "have the same image_id"),
+    "twice the same, spelled otherwise": (
+        lambda tmp_path: write_list(tmp_path, f"0.png\n./0.png\n{tmp_path}//0.png\n"),
+        "two of its images have the same image_id, that of .*/0.png",
+    ),
+    "an address": (lambda tmp_path: write_list(tmp_path, "gs://bucket/a.png\n"), "A line of .*list.txt is gs://bucket/a.png, but a path"),
     "not text": (lambda tmp_path: write_list(tmp_path, "\xff\xd8\xff"), "it is not UTF-8 text"),
 }
 

@@ -1,6 +1,7 @@
 """Images in Parquet files."""
 
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.sources.contract import hashed_id
 from pipeline.sources.parquet_files import ParquetFiles
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -100,6 +102,27 @@ def test_ids_of_rows_do_not_depend_on_where_the_folder_lies(tmp_path, monkeypatc
     assert all(ids == listings[0] for ids in listings) and len(set(listings[0])) == 5
 
 
+def test_ids_of_uris_are_hashes_of_what_they_stand_for(tmp_path):
+    write(tmp_path / "first" / "x" / "list.parquet", uri=["a.png", "../b/./c.png", "/else/d.png"])
+    write(tmp_path / "second" / "x" / "list.parquet", uri=[f"{tmp_path}/second/x/a.png", "d/../../b/c.png"])
+    first, second = (dict(zip(*listed_ids(tmp_path / root))) for root in ("first", "second"))
+    assert first == {"x/a.png": hashed_id("x/a.png"), "b/c.png": hashed_id("b/c.png"), "/else/d.png": hashed_id("/else/d.png")}
+    assert second == {name: first[name] for name in ("x/a.png", "b/c.png")}
+
+
+def listed_ids(root):
+    """Paths below the root, and their ids."""
+    table = source_at(root).list_images("train")
+    return [os.path.normpath(uri).removeprefix(f"{root}/") for uri in table["uri"].to_pylist()], table["image_id"].to_pylist()
+
+
+def test_uris_of_one_file_are_refused_but_missing_ones_are_rows_of_their_own(tmp_path):
+    path = write(tmp_path / "twice.parquet", uri=["a.png", "b.png", "./a.png"])
+    with pytest.raises(ConfigError, match=f"source.path is {path}, but two of its images have the same image_id, that of .*/a.png"):
+        source_at(path).list_images("train")
+    assert len(source_at(write(tmp_path / "missing.parquet", uri=["a.png", None, None])).list_images("train")) == 3
+
+
 def test_a_row_that_is_gone_is_a_missing_file(tmp_path):
     path = write(tmp_path / "a.parquet", image=[png(0)])
     with pytest.raises(FileNotFoundError, match="has no row 1"):
@@ -132,6 +155,7 @@ BAD_FILES = {
     "null label": ({"image": ONE * 2, "label": [1, None]}, "its label column is int64 with 1 nulls"),
     "float id": ({"image": ONE, "image_id": [0.5]}, "its image_id column is double"),
     "same id twice": ({"image": ONE * 2, "image_id": [3, 3]}, "have the same image_id"),
+    "an address": ({"uri": ["gs://bucket/a.png"]}, "A uri of .*a.parquet is gs://bucket/a.png, but a path is local or begins with s3://"),
     "no rows": ({"image": pa.array([], pa.binary())}, "there are no train images in it"),
     "no labelled rows": ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no train images"),
 }

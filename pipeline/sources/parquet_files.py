@@ -103,7 +103,7 @@ def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Tabl
         kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise ConfigError(f"{key} leads to {file}, but its {column} column is {kind}, and maps are encoded images. Store their bytes.")
-    columns = [column for column in columns if column not in maps]  # a map may be called label
+    columns = [column for column in columns if column not in maps]  # a map may be called label, unless it is stored
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
     names = [f"{name}#{row}" for row in range(n)]
     if IMAGE in columns:

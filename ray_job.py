@@ -31,7 +31,7 @@ def _reachable(key: str, path: str) -> str:
     """A path that means the same in every process of a cluster and in every record, in a store that can be used."""
     from pipeline.storage import absolute, check_reachable
 
-    path = absolute(path)
+    path = absolute(path, key)
     check_reachable(key, path)
     return path
 
@@ -47,7 +47,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     from evaluation.metrics import plan_metrics
     from pipeline.inputs import needed_maps
     from pipeline.job_options import check_reachable_paths
-    from pipeline.sources import open_source
+    from pipeline.sources import list_split, open_source
 
     config = checked_config(args)
     check_reachable_paths("source", config.source)
@@ -58,7 +58,7 @@ def run_plan(args: argparse.Namespace) -> Any:
     source = open_source(config.source, config.images, needed_maps(config.tokenizer, config.codes.conditions))
     derived = derive(
         config,
-        len(source.list_images("train")),
+        len(list_split(source, config.source, "train")),
         len(source.class_names),
         tokenizer=tokenizer,
         gpu=args.gpu,
@@ -82,13 +82,12 @@ def run_train_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def run_import_tokenizer(args: argparse.Namespace) -> Any:
-    from pipeline.storage import absolute, check_reachable
+    from pipeline.storage import check_reachable
     from pipeline.tokenizers import local_weights, open_project, store_tokenizer
     from stages.first_stage.import_export import import_tokenizer
 
-    output = absolute(args.output)
+    output = _reachable("output", args.output)
     check_reachable("file", args.file)
-    check_reachable("output", output)
     with local_weights(args.file) as file:
         tokenizer = import_tokenizer(file, args.format, open_project(args.config), args.part)
     return {"tokenizer": output, "fingerprint": store_tokenizer(tokenizer, output)}
@@ -101,7 +100,7 @@ def run_import_transformer(args: argparse.Namespace) -> Any:
     names = [field.name for field in dataclasses.fields(ImportTransformerOptions)]
     given = {name: getattr(args, name) for name in names}
     for name in ("output", "tokenizer", "condition_tokenizer"):
-        given[name] = given[name] and absolute(given[name])
+        given[name] = given[name] and absolute(given[name], name)
     for name in ("file", "output", "tokenizer"):
         check_reachable(name, given[name])
     return import_transformer(ImportTransformerOptions(**given))

@@ -10,7 +10,9 @@ from cluster.tokenizer_options import check_networks, num_steps
 from cluster.train_job import check_batch
 from pipeline.code_dataset.codec import bytes_per_row, num_bits
 from pipeline.inputs import check_fit
+from pipeline.job_options import check_addresses
 from pipeline.loader import num_micro_batches
+from pipeline.sources.map_files import check_map_names
 from pipeline.tokenizers import tokenizer_architecture
 from pipeline.views import expand_views
 from stages.config import to_dict
@@ -36,6 +38,8 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the keys, the values and the rule.
     """
+    check_addresses(config)
+    check_map_names(config.source, config.codes.conditions)
     _check_num_workers(config.scaling)
     check_batch(config.train, config.scaling)
     _check_zero_stage(config.deepspeed, config.train)

@@ -226,12 +226,13 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
 
 
 def check_paths(paths: Mapping[str, str]) -> None:
-    """Refuses relative local paths of a job, by key: its working directory is a copy of the checkout that Ray deletes.
+    """Refuses what is no path, and relative local paths of a job, by key: its working directory is a copy of the checkout that Ray deletes.
 
     Raises:
         ConfigError: naming the key.
     """
     for key, path in paths.items():
+        storage.check_address(key, path)
         if storage.is_local(path) and not os.path.isabs(os.path.expanduser(path)):  # ~ is every node's own
             raise ConfigError(
                 f"{key} is {path}, but a job works in a copy of the checkout that Ray deletes: what it writes there is lost, and "

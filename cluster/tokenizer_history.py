@@ -11,7 +11,7 @@ from cluster.tokenizer_options import BEFORE_THE_OPTION, TokenizerJobOptions, fi
 from pipeline.image_order import IMAGE_ORDER_VERSION, ImageOrder
 from pipeline.image_reader import ImageReader
 from pipeline.inputs import needed_maps
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, list_split, open_source
 from stages.config import to_dict
 from stages.errors import ArtefactError
 
@@ -35,13 +35,19 @@ class TrainingInputs:
     perceptual_hashes: dict[str, str]
 
 
-def list_training_images(options: TokenizerJobOptions) -> pa.Table:
+def list_training_images(options: TokenizerJobOptions, *, compare_splits: bool = False) -> pa.Table:
     """The images of a training in order of their listing: image_id and uri.
+
+    Args:
+        options: of the training.
+        compare_splits: whether to refuse images that are held out, too.
 
     Raises:
         ConfigError: the source's, as when it has none.
     """
-    return _source(options).list_images("train").select(["image_id", "uri"])
+    source = _source(options)
+    table = list_split(source, options.source, "train") if compare_splits else source.list_images("train")
+    return table.select(["image_id", "uri"])
 
 
 def _source(options: TokenizerJobOptions) -> Source:

@@ -74,7 +74,7 @@ def train_tokenizer(options: TokenizerJobOptions) -> TokenizerSummary:
 
 def _inputs(options: TokenizerJobOptions) -> TrainingInputs:
     """Lists the images and loads the perceptual network, once for all workers."""
-    images, lpips = list_training_images(options), load_lpips(options.tokenizer_train)
+    images, lpips = list_training_images(options, compare_splits=True), load_lpips(options.tokenizer_train)
     network, hashes = (None, {}) if lpips is None else lpips
     return TrainingInputs(
         list_hash=list_hash(images),

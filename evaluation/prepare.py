@@ -34,7 +34,7 @@ from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
 from pipeline.condition_codes import find_images
 from pipeline.inputs import IMAGE, check_fit, check_maps, needed_maps
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, list_split, open_source
 from pipeline.tokenizers import open_tokenizer
 from stages.errors import ArtefactError, ConfigError
 from stages.first_stage.tokenizer import Tokenizer
@@ -96,6 +96,7 @@ def prepare(options: EvaluateOptions) -> Preparation:
     tokenizer = open_tokenizer(options.tokenizer.path)
     _check_tokenizer(options, tokenizer)
     source = open_source(options.source, images, needed_maps(options.tokenizer))
+    holdout = _choose_holdout(source, options)
     class_names = source.class_names
     training_codes: TrainingCodes | None = None
     conditions: CodeDataset | None = None
@@ -111,7 +112,6 @@ def prepare(options: EvaluateOptions) -> Preparation:
             training_codes = open_training_codes(dataset, commit)
     else:
         evaluation = dataclasses.replace(evaluation, num_sampler_actors=0)
-    holdout = _choose_holdout(source, options)
     check_maps(source, holdout["uri"], options.tokenizer)
     holdout_conditions: np.ndarray | None = None
     if conditions is not None and plan.has_likelihood:
@@ -197,7 +197,7 @@ def _check_tokenizer(options: EvaluateOptions, tokenizer: Tokenizer) -> None:
 
 def _choose_holdout(source: Source, options: EvaluateOptions) -> pa.Table:
     num_samples, num_blocks = options.evaluation.num_samples, options.evaluation.num_blocks
-    holdout = choose_images(source.list_images("holdout"), num_samples)
+    holdout = choose_images(list_split(source, options.source, "holdout"), num_samples)
     if holdout.num_rows < 2 * num_blocks:
         raise ConfigError(
             f"source.name is {options.source.name} with {holdout.num_rows} held-out images, but the error bars need two per block of "

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 from pipeline.sources.map_files import MAP_KEYS
-from pipeline.storage import absolute, check_reachable
+from pipeline.storage import absolute, check_address, check_reachable
 from stages.config import select_sections
 from stages.options import Config
 
@@ -15,7 +15,8 @@ def select(cls: type[T], config: Config, **extra: Any) -> T:
     """A command's options from the configuration, with paths made absolute: Ray workers run in folders of their own.
 
     Raises:
-        StorageError: one of the paths is in a store that cannot be used.
+        ConfigError: one of the paths is an address of something else than S3.
+        StorageError: one of them is in a store that cannot be used.
     """
 
     def resolve(section: Any) -> Any:
@@ -45,12 +46,25 @@ PATHS = (
     "perceptual_vgg",
     "perceptual_heads",
 )
+WEB_KEYS = ("perceptual_vgg", "perceptual_heads")  # may be addresses on the web
+
+
+def check_addresses(config: Config) -> None:
+    """Refuses a configuration with paths that are addresses of something else than S3.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for field in dataclasses.fields(config):
+        for key, path in section_paths(getattr(config, field.name)).items():
+            check_address(f"{field.name}.{key}", path)
 
 
 def check_reachable_paths(name: str, section: Any) -> None:
     """Refuses a section of the configuration, called `name`, whose paths cannot be used.
 
     Raises:
+        ConfigError: an address of something else than S3.
         StorageError: naming the key.
     """
     for key, path in section_paths(section).items():
@@ -65,9 +79,9 @@ def section_paths(section: Any) -> dict[str, str]:
 
 
 def _plain_paths(section: Any) -> dict[str, str]:
-    """Addresses on the web are none."""
+    """Addresses on the web are none, where there may be one."""
     values = {name: getattr(section, name, None) for name in PATHS}
-    return {name: value for name, value in values.items() if value and not value.startswith(("http://", "https://"))}
+    return {name: value for name, value in values.items() if value and not (name in WEB_KEYS and value.startswith(("http://", "https://")))}
 
 
 def _absolute_entry(entry: str) -> str:

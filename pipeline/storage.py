@@ -12,6 +12,7 @@ import hashlib
 import logging
 import mimetypes
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,20 +23,37 @@ from typing import Any, BinaryIO
 
 from pipeline.s3_errors import S3, bucket_and_key, explained, on_store, response
 from stages import files
-from stages.errors import StorageError, TesseraError
+from stages.errors import ConfigError, StorageError, TesseraError
 from stages.files import TEMPORARY
 
 CONFLICT_ATTEMPTS = 5
 CHUNK_BYTES = 16 << 20
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # how an address of something begins
+
+
+def check_address(key: str, path: str) -> None:
+    """Refuses an address that is none of S3, which would else be the name of a local folder.
+
+    Args:
+        key: of the configuration, for the error.
+        path: local and s3:// paths pass.
+
+    Raises:
+        ConfigError: such as gs://, S3:// or file:///.
+    """
+    if ADDRESS.match(path) and not path.startswith(S3):
+        raise ConfigError(f"{key} is {path}, but a path is local or begins with {S3}. Write one of these.")
 
 
 def is_local(path: str) -> bool:
-    """Whether a path is on this machine's file system."""
+    """Whether a path is on this machine's file system. ConfigError where it is an address of another kind."""
+    check_address("path", path)
     return not path.startswith(S3)
 
 
-def absolute(path: str) -> str:
-    """A path that means the same in any working directory; ~ is the home directory."""
+def absolute(path: str, key: str = "path") -> str:
+    """A path that means the same in any working directory; ~ is the home directory. Raises what `check_address` raises of `key`."""
+    check_address(key, path)
     return os.path.abspath(os.path.expanduser(path)) if is_local(path) else S3 + path.removeprefix(S3).rstrip("/")
 
 
@@ -52,8 +70,10 @@ def check_reachable(key: str, path: str) -> None:
         path: local paths pass.
 
     Raises:
+        ConfigError: an address of something else.
         StorageError: no such bucket, no access, or no answer.
     """
+    check_address(key, path)
     if not is_local(path):
         with explained(key, path):
             bucket, prefix = bucket_and_key(path)

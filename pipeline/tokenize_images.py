@@ -28,7 +28,7 @@ from pipeline.lineage import lineage
 from pipeline.probe import freeze_probe
 from pipeline.shard_jobs import encode_missing_shards, map_on_ray
 from pipeline.shard_tasks import ShardJob
-from pipeline.sources import Source, open_source
+from pipeline.sources import Source, list_split, open_source
 from pipeline.tokenizers import open_tokenizer
 from pipeline.views import expand_views
 from stages.config import to_dict, to_yaml
@@ -74,7 +74,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeSummary:
     tokenizer = open_tokenizer(options.tokenizer.path)
     views = check_images(tokenizer, options)
     source = open_source(options.source, options.images, needed_maps(options.tokenizer, options.codes.conditions))
-    listing = source.list_images(options.source.split)
+    listing = list_split(source, options.source, options.source.split)
     check_maps(source, listing["uri"], options.tokenizer, options.codes.conditions)
     plan = make_plan(listing, plan_identity(tokenizer, options, views, source.class_names), options.codes.shard_size)
     root = options.codes.path

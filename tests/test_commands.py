@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from tests_support import tiny_config
 
 import ray_job
@@ -252,6 +253,38 @@ def test_a_store_that_is_not_there_is_named_before_any_work(s3, capsys, tmp_path
     code, _, err = run(capsys, *[text.format(**given) for text in arguments])
     assert code == 1 and f"error: {key} is s3://no-such-bucket/folder, but" in err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments, key",
+    [
+        (["plan", "-c", "{config}", "codes.path={address}"], "codes.path"),
+        (["tokenize", "-c", "{config}", "source.path={address}"], "source.path"),
+        (["plan", "-c", "{config}", "source.number_maps=[depth={address}]"], "source.number_maps[depth]"),
+        (["nightly", "-c", "{config}", "nightly.runs=[{address}]"], "nightly.runs[0]"),
+        (["submit", "--address", "http://host:1", "--", "plan", "-c", "configs/demo.yaml", "tokenizer.path={address}"], "tokenizer.path"),
+        (["verify", "{address}"], "PATH"),
+        (["import-tokenizer", "{address}", "--output", "x"], "file"),
+    ],
+)
+@pytest.mark.parametrize("address", ["gs://bucket/codes", "https://host/codes"])
+def test_an_address_of_another_kind_of_store_is_refused_by_its_key(capsys, tmp_path, monkeypatch, arguments, key, address):
+    monkeypatch.chdir(ROOT)
+    config = write_config(str(tmp_path))
+    code, _, err = run(capsys, *[text.format(config=config, address=address) for text in arguments])
+    assert code == 2 and f"error: {key} is {address}, but a path is local or begins with s3://" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("command", ["plan", "train-tokenizer", "tokenize"])
+def test_images_that_are_held_out_and_trained_on_are_refused(job, capsys, tmp_path, command):
+    folder, _ = job
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    config = write_config(str(tmp_path), source={"name": "image-folder", "path": str(tmp_path), "holdout_path": str(tmp_path)})
+    tokenizer = f"tokenizer.path={folder if command == 'tokenize' else tmp_path}/tokenizer"
+    code, _, err = run(capsys, command, "-c", config, tokenizer)
+    assert code == 2 and f"source.holdout_path is {tmp_path}, but 1 of its images are among" in err and f"{tmp_path}/a.png" in err
 
 
 def test_plan_prints_what_follows_and_touches_nothing(capsys, tmp_path):

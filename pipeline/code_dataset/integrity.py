@@ -5,13 +5,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline import storage
-from pipeline.code_dataset.layout import NUM_READERS, plan_path, probe_path, receipt_path, sha256_hex
+from pipeline.code_dataset.layout import (
+    NUM_READERS,
+    claim_of,
+    claim_path,
+    plan_path,
+    probe_path,
+    receipt_path,
+    sha256_hex,
+)
 
 
 def expected_files(root: str, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(path, sha-256) of every file of a version but its manifest and version file."""
     plan_fp = manifest["plan_fp"]
     yield plan_path(root, plan_fp), manifest["plan_sha256"]
+    if storage.exists(claim_path(root)):
+        yield claim_path(root), sha256_hex(claim_of(plan_fp))
     if manifest.get("probe"):
         yield probe_path(root, plan_fp), manifest["probe"]["file_sha256"]
     for shard, digest in enumerate(manifest["receipts_sha256"]):

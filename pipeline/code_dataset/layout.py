@@ -1,16 +1,29 @@
-"""Where the files of a code dataset are, and canonical JSON."""
+"""Where the files of a code dataset are, what their names look like, and canonical JSON."""
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline import storage
 from stages.errors import ArtefactError
+from stages.files import TEMPORARY
 
 FORMAT = "tessera-code-dataset"
 FORMAT_VERSION = 1
 NUM_READERS = 8
+
+CONTENT_KINDS = ("data", "shards", "quarantine", "duplicates")  # of `content_path`
+SHA256 = "[0-9a-f]{64}"
+# Paths below the root, as the functions below make them.
+CONTENT_NAME = re.compile(rf"({'|'.join(CONTENT_KINDS)})/{SHA256}/part-[0-9]{{5,}}-[0-9a-f]{{16}}\.parquet")
+MANIFEST_NAME = re.compile(rf"manifests/{SHA256}\.json")
+RECEIPT_NAME = re.compile(rf"receipts/{SHA256}/[0-9]{{5,}}\.json")
+TEMPORARY_NAME = re.compile(
+    rf"((({'|'.join(CONTENT_KINDS)}|plans|receipts)/{SHA256}|plans|manifests|versions)/)?{re.escape(TEMPORARY)}[0-9a-f]{{32}}"
+)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -54,8 +67,22 @@ def read_jsons(paths: list[str]) -> list[dict[str, Any]]:
         return list(readers.map(read_json, paths))
 
 
+def named(root: str, name: re.Pattern[str], paths: Iterable[str]) -> list[str]:
+    """Those of the paths of files below a root that have such a name; whatever else lies there belongs to someone else."""
+    return [path for path in paths if name.fullmatch(path.removeprefix(storage.join(root, "")))]
+
+
 def plan_path(root: str, plan_fingerprint: str) -> str:
     return storage.join(root, "plans", plan_fingerprint, "plan.parquet")
+
+
+def claim_path(root: str) -> str:
+    """The file that says whose plan's folder this is. Folders of earlier versions have none."""
+    return storage.join(root, "plans", "claim.json")
+
+
+def claim_of(plan_fingerprint: str) -> bytes:
+    return canonical_json({"plan_fp": plan_fingerprint})
 
 
 def receipts_path(root: str, plan_fingerprint: str) -> str:

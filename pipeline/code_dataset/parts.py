@@ -29,6 +29,7 @@ DESCRIBED = {
     "is_flipped": pa.bool_(),
 }
 CROP_COLUMNS = tuple(DESCRIBED)[2:]
+OWN_COLUMNS = (*DESCRIBED, LABEL, CODES, SOURCE_SHA256)  # names that no condition map may have
 LABEL_BYTES = 4
 
 
@@ -40,7 +41,7 @@ class RowFormat:
         num_codes: codes per row.
         codebook_size: stored codes are in [0, codebook_size).
         has_labels: whether there is a label column.
-        conditions: names of condition maps, one byte per code.
+        conditions: names of condition maps, one byte per code; none of OWN_COLUMNS, and none twice.
     """
 
     num_codes: int

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.code_dataset.layout import canonical_json, plan_path, sha256_hex
+from pipeline.code_dataset.layout import canonical_json, claim_of, claim_path, plan_path, read_json, sha256_hex
 from stages.errors import ArtefactError, ConfigError
 
 COLUMNS = ["image_id", "uri", "label", "num_bytes", "etag"]
@@ -68,13 +68,12 @@ def make_plan(listing: pa.Table, identity: dict[str, Any], shard_size: int) -> P
 
 
 def freeze(root: str, plan: Plan) -> None:
-    """Stores the plan.
+    """Stores the plan. Of jobs with different plans that start in one new folder at the same time, one does.
 
     Raises:
         ArtefactError: the folder belongs to another plan, or holds a damaged one.
     """
-    paths = storage.list_files(storage.join(root, "plans"), suffix="/plan.parquet")
-    others = {path.split("/")[-2] for path in paths} - {plan.fingerprint}
+    others = _claim(root, plan.fingerprint) - {plan.fingerprint}
     if others:
         raise ArtefactError(
             f"codes.path is {root}, which holds a code dataset of plan {', '.join(sorted(others))}, but this job's plan is "
@@ -85,6 +84,18 @@ def freeze(root: str, plan: Plan) -> None:
     pq.write_table(plan.images.replace_schema_metadata(metadata), buffer, write_page_checksum=True)
     if not storage.put_if_absent(plan_path(root, plan.fingerprint), buffer.getvalue()):
         read_plan(root, plan.fingerprint)
+
+
+def _claim(root: str, fingerprint: str) -> set[str]:
+    """Plans that a folder belongs to: where it has none yet, that of the first to claim it."""
+    path = claim_path(root)
+    if not storage.exists(path):
+        # What is listed may be outdated at once, so it only serves folders of earlier versions, which nobody had to claim.
+        stored = {plan.split("/")[-2] for plan in storage.list_files(storage.join(root, "plans"), suffix="/plan.parquet")}
+        if stored - {fingerprint}:
+            return stored
+        storage.put_if_absent(path, claim_of(fingerprint))
+    return {read_json(path)["plan_fp"]}
 
 
 def read_plan(root: str, fingerprint: str) -> Plan:

@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 
-from pipeline.sources.contract import Example, Source, listing
+from pipeline.sources.contract import Example, Source, list_split, listing
 from pipeline.sources.map_files import MAP_KEYS, with_maps
 from stages.errors import ConfigError
 from stages.options import ImageOptions, SourceOptions
 from stages.registry import import_named
 
-__all__ = ["SOURCES", "Example", "Source", "listing", "open_source"]
+__all__ = ["SOURCES", "Example", "Source", "list_split", "listing", "open_source"]
 
 SOURCES = {
     "scenes": "pipeline.sources.scenes:Scenes",

@@ -1,6 +1,7 @@
 """What a source must do, and helpers that sources share."""
 
 import hashlib
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -95,8 +96,10 @@ def check_listing(table: pa.Table, options: SourceOptions, split: Split) -> pa.T
     key, path = split_path(options, split)
     if len(table) == 0:
         raise ConfigError(f"{key} is {path}, but there are no {split} images in it. Name a place with images.")
-    if len(pc.unique(table["image_id"])) != len(table):
-        raise ConfigError(f"{key} is {path}, but two of its images have the same image_id. Make ids and paths unique.")
+    ids, counts = np.unique(table["image_id"].to_numpy(), return_counts=True)
+    if len(ids) != len(table):
+        twice = table["uri"].filter(pc.equal(table["image_id"], ids[counts.argmax()]))[0]
+        raise ConfigError(f"{key} is {path}, but two of its images have the same image_id, that of {twice}. Make ids and paths unique.")
     limit = options.num_images if split == "train" else options.num_holdout_images
     return table if limit is None else table.slice(0, limit)
 
@@ -107,7 +110,8 @@ def split_by_hash(table: pa.Table, options: SourceOptions, split: Split) -> pa.T
     With `holdout_path` there is nothing to divide; else `holdout_fraction` of the ids, chosen by hash, are held out.
 
     Raises:
-        ConfigError: held-out images are asked for, but neither holdout_path nor holdout_fraction is set.
+        ConfigError: held-out images are asked for, but neither holdout_path nor holdout_fraction is set; or one file has several ids,
+            of which only some are held out.
     """
     if options.holdout_path:
         return table
@@ -119,4 +123,41 @@ def split_by_hash(table: pa.Table, options: SourceOptions, split: Split) -> pa.T
             )
         return table
     is_held_out = uniform(hash64(options.seed, table["image_id"].to_numpy())) < options.holdout_fraction
-    return table.filter(pa.array(is_held_out if split == "holdout" else ~is_held_out))
+    held_out, others = table.filter(pa.array(is_held_out)), table.filter(pa.array(~is_held_out))
+    shared = shared_images(held_out, others)
+    if shared:
+        raise ConfigError(
+            f"source.holdout_fraction is {options.holdout_fraction}, but {shared[0]} is listed more than once, and would be both held "
+            f"out and trained on. List every file once."
+        )
+    return held_out if split == "holdout" else others
+
+
+def list_split(source: Source, options: SourceOptions, split: Split) -> pa.Table:
+    """The listing of a split, where `holdout_path` names the other one compared with that.
+
+    Raises:
+        ConfigError: the source's, or an image is in both.
+    """
+    if not options.holdout_path:
+        return source.list_images(split)
+    training = source.list_images("train")  # first: a source may learn its classes on the way, and need not list again for them
+    holdout = source.list_images("holdout")
+    shared = shared_images(holdout, training)
+    if shared:
+        raise ConfigError(
+            f"source.holdout_path is {options.holdout_path}, but {len(shared)} of its images are among those of source.path, "
+            f"{options.path}, such as {shared[0]}. Hold out images that are not trained on."
+        )
+    return training if split == "train" else holdout
+
+
+def shared_images(table: pa.Table, other: pa.Table) -> list[str]:
+    """Uris of a listing that stand for files of another listing."""
+    places = set(map(place_of, other["uri"].to_pylist()))
+    return [uri for uri in table["uri"].to_pylist() if place_of(uri) in places]
+
+
+def place_of(uri: str) -> str:
+    """What a uri stands for: one spelling of a local path, others as they are, since in a store other spellings are other keys."""
+    return posixpath.normpath(uri) if uri.startswith("/") else uri

@@ -189,8 +189,8 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
         if line.startswith(COMMENT):
             continue
         name, _, label = line.partition("\t")
-        is_absolute = name.startswith(("/", storage.S3))
-        entries.append((name if is_absolute else storage.join(root, name), label.strip()))
+        storage.check_address(f"A line of {path}", name)
+        entries.append((_listed_image(name, root), label.strip()))
     if not entries:
         raise ConfigError(f"{key} is {path}, but the list is empty. Write one path per line.")
     if any(label for _, label in entries) and not all(label for _, label in entries):
@@ -202,3 +202,11 @@ def _list_file_entries(key: str, path: str) -> list[Entry]:
             f"and after a tab optionally a class."
         )
     return entries
+
+
+def _listed_image(name: str, root: str) -> str:
+    """The path of an image of a list file: one spelling for each local file, since its id is a hash of it. Keys in a store are literal."""
+    is_absolute = name.startswith(("/", storage.S3))
+    is_key = (name if is_absolute else root).startswith(storage.S3)
+    name = name if is_key else posixpath.normpath(name)
+    return name if is_absolute else storage.join(root, name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline import storage
+from pipeline.code_dataset.parts import OWN_COLUMNS
 from pipeline.images import decode_image, decode_label_map, decode_number_map
 from pipeline.sources.contract import IMAGE, Example
 from stages.errors import BadImage, ConfigError
@@ -35,18 +36,33 @@ def map_names(options: SourceOptions) -> tuple[str, ...]:
     """Names of all maps, those of labels first.
 
     Raises:
-        ConfigError: a name that is given twice, or is that of the image.
+        ConfigError: a name that is given twice, or is that of the image; or that is free to choose, and is a column of code datasets.
     """
     names: list[str] = []
     for key in ("label_maps", "number_maps"):
         for entry in getattr(options, key):
-            name = entry.partition("=")[0]
+            name, equals, _ = entry.partition("=")
             if name in ("", IMAGE, *names):
                 raise ConfigError(
                     f"source.{key} names {entry}, but every map has a name of its own, which is not {IMAGE}. Write another name."
                 )
+            if equals and name in OWN_COLUMNS:  # without a folder it is a column of files that may be another's
+                raise ConfigError(f"source.{key} names {entry}, but {name} is a column of every code dataset. Write another name.")
             names.append(name)
     return tuple(names)
+
+
+def check_map_names(options: SourceOptions, stored: Sequence[str]) -> None:
+    """Refuses maps, those to store (`codes.conditions`) and those that the source has, whose names cannot be told apart.
+
+    Raises:
+        ConfigError: what `map_names` raises; or a map to store is named twice, or like a column that is there anyway.
+    """
+    map_names(options)
+    for name in stored:
+        if name in OWN_COLUMNS or stored.count(name) > 1:
+            rule = f"{name} is a column of every code dataset" if name in OWN_COLUMNS else f"it names {name} more than once"
+            raise ConfigError(f"codes.conditions is {list(stored)}, but {rule}. Name every map once, and like no other column.")
 
 
 def pack(image: bytes, maps: Mapping[str, bytes | None]) -> bytes:

@@ -18,6 +18,7 @@ from pipeline.sources.contract import (
     check_listing,
     hashed_id,
     listing,
+    place_of,
     split_by_hash,
     split_path,
 )
@@ -36,8 +37,9 @@ class ParquetFiles:
     The price is that nearly every image read decodes a row group of its own, which should be small.
 
     Columns: `image` (bytes, or structs of `bytes` and `path`, of which the path is read where the bytes are null) or `uri`; uris and paths
-    are absolute, s3:// or relative to the file. Optionally `label` (integer, 0-based) and `image_id`
-    (int64; a hash of file name and row where there is none), and columns of maps beside `image`. Classes are named by their number.
+    are absolute, s3:// or relative to the file. Optionally `label` (integer, 0-based) and `image_id` (int64; where there is none, a hash
+    of the path that `uri` stands for, relative to the folder, or else of file name and row), and columns of maps beside `image`. Classes
+    are named by their number.
     The entity tag of a row is a hash of its file's footer, which a file that changed seldom keeps.
     """
 
@@ -93,15 +95,19 @@ def _file_rows(key: str, file: str, name: str, maps: tuple[str, ...]) -> pa.Tabl
     parquet = _open(file)
     columns, n = parquet.schema_arrow.names, parquet.metadata.num_rows
     _check_columns(key, file, parquet.schema_arrow, maps)
-    columns = [column for column in columns if column not in maps]  # a map may be called label
+    columns = [column for column in columns if column not in maps]  # a map may be called label, unless it is stored
     table = parquet.read(columns=[column for column in ("uri", "label", "image_id") if column in columns])
-    uris = [f"{SCHEME}{file}#{row}" for row in range(n)]
+    uris, names = [f"{SCHEME}{file}#{row}" for row in range(n)], [f"{name}#{row}" for row in range(n)]
     if IMAGE not in columns:  # a row without a uri keeps its own, and `fetch` says what it lacks
-        uris = [_absolute_uri(uri, file) if uri else row for uri, row in zip(_listed_uris(key, file, table), uris)]
+        folder = file.removesuffix(name)
+        for row, uri in enumerate(_listed_uris(key, file, table)):
+            if uri:
+                uris[row] = _absolute_uri(uri, file)
+                names[row] = place_of(uris[row]).removeprefix(folder)
     if "image_id" in columns:
         ids = _integers(key, file, table, "image_id")
     else:
-        ids = np.array([hashed_id(f"{name}#{row}") for row in range(n)], dtype=np.int64)
+        ids = np.array(list(map(hashed_id, names)), dtype=np.int64)
     etags = [_footer_hash(file)] * n
     if "label" not in columns or (n and table["label"].null_count == n):
         return listing(ids, uris, etag=etags)
@@ -145,10 +151,6 @@ def _listed_uris(key: str, file: str, table: pa.Table) -> list[str | None]:
     for uri in filter(None, uris):
         if not isinstance(uri, str):
             raise ConfigError(f"{key} leads to {file}, but its uri column is {table['uri'].type}. Store paths or s3:// uris as text.")
-        if not _is_readable(uri):
-            raise ConfigError(
-                f"{key} leads to {file}, but its uri {uri} is neither a path nor an s3:// uri. Download such files, and name them by path."
-            )
     return uris
 
 
@@ -171,12 +173,11 @@ def _integers(key: str, file: str, table: pa.Table, column: str) -> np.ndarray:
     return values.to_numpy().astype(np.int64)
 
 
-def _is_readable(uri: str) -> bool:
-    return "://" not in uri or uri.startswith(storage.S3)
-
-
 def _absolute_uri(uri: str, file: str) -> str:
-    return uri if uri.startswith("/") or "://" in uri else storage.join(posixpath.dirname(file), uri)
+    if uri.startswith(("/", SCHEME)):
+        return uri
+    storage.check_address(f"A uri of {file}", uri)
+    return uri if uri.startswith(storage.S3) else storage.join(posixpath.dirname(file), uri)
 
 
 @functools.lru_cache(maxsize=16)
@@ -200,9 +201,11 @@ def _content(value: Any, file: str, row: int) -> bytes | None:
     path = value.get("path")
     if value["bytes"] is not None or not path:
         return value["bytes"]
-    if not _is_readable(path):
-        raise BadImage("empty", f"row {row} of {file} has no bytes, and {path} is neither a path nor an s3:// uri")
-    return storage.read_bytes(_absolute_uri(path, file))
+    try:
+        uri = _absolute_uri(path, file)
+    except ConfigError as error:
+        raise BadImage("empty", f"row {row} of {file} has no bytes: {error}") from error
+    return storage.read_bytes(uri)
 
 
 def _locate(file: str, row: int) -> tuple[int, int]:

@@ -19,7 +19,9 @@ class SourceOptions:
     num_images: int | None = option(None, "Use the first so many training images; all of them if not given.", low=1)
     seed: int = option(0, "Seed of generated sources (`scenes`) and of the holdout split.", low=0)
     split: Literal["train", "holdout"] = option("train", "Which images `tokenize` takes.")
-    holdout_path: str | None = option(None, "Held-out images for evaluation, where the source has no split of its own.")
+    holdout_path: str | None = option(
+        None, "Held-out images for evaluation, none of which may be in path, where the source has no split of its own."
+    )
     holdout_fraction: float = option(
         0.0, "Without holdout_path: share of the images, chosen by hash, kept out of training.", low=0.0, high=0.9
     )

@@ -8,6 +8,7 @@ from tests_support import TINY_TOKENIZER
 
 import ray_job
 from cluster.job_plan import check_config, derive, render, stored_tokenizer
+from pipeline.code_dataset.parts import RowFormat
 from pipeline.tokenizers import store_tokenizer
 from stages.config import build
 from stages.errors import ConfigError
@@ -196,6 +197,10 @@ def test_the_command_refuses_what_cannot_be_measured(override, tmp_path, capsys)
             {"train": {"compile": True}, "deepspeed": {"zero_stage": 3}},
             ["train.compile is true", "zero_stage=3", "compile=false"],
         ),
+        ({"source": {"number_maps": ["view=a"]}}, ["source.number_maps names view=a", "view is a column of every code dataset"]),
+        ({"source": {"label_maps": ["label=a"]}}, ["source.label_maps names label=a", "label is a column of every code dataset"]),
+        ({"source": {"label_maps": ["depth=a"], "number_maps": ["depth=b"]}}, ["source.number_maps names depth=b", "of its own"]),
+        ({"codes": {"conditions": ["depth", "edges", "depth"]}}, ["codes.conditions is", "it names depth more than once"]),
         ({"train": {"keep_best": 2}}, ["train.keep_best is 2", "train.validation_path"]),
     ],
 )
@@ -204,6 +209,12 @@ def test_configurations_that_cannot_work_are_refused(sections, words):
         check_config(config(**sections))
         stored_tokenizer(config(**sections))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("name", RowFormat(num_codes=4, codebook_size=8, has_labels=True).shard_schema.names)
+def test_a_map_may_not_be_stored_under_the_name_of_another_column(capsys, name):
+    assert ray_job.main(["plan", "-c", "configs/demo.yaml", f"codes.conditions=[{name}]"]) == 2
+    assert f"codes.conditions is ['{name}'], but {name} is a column of every code dataset" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_is_there_counts_and_not_what_would_be_trained(tmp_path):
@@ -231,6 +242,7 @@ def test_a_tokenizer_that_is_there_counts_and_not_what_would_be_trained(tmp_path
         {"deepspeed": {"zero_stage": 1, "offload_optimizer": True}},
         {"deepspeed": {"zero_stage": 3, "offload_parameters": True}},
         {"train": {"keep_best": 1, "validation_path": "runs/holdout"}},
+        {"tokenizer_train": {"perceptual_vgg": "https://host/vgg16.pth"}, "codes": {"path": "s3://bucket/codes"}},
     ],
 )
 def test_configurations_that_can_work_pass(sections):

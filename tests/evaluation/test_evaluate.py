@@ -32,7 +32,7 @@ from evaluation.resources import reserved
 from pipeline.code_dataset import CodeDataset
 from pipeline.sources import open_source
 from stages.errors import ArtefactError, ConfigError, TesseraError
-from stages.options import ImageOptions, RunOptions, SamplingOptions, TokenizerOptions
+from stages.options import ImageOptions, RunOptions, SamplingOptions, SourceOptions, TokenizerOptions
 
 pytestmark = pytest.mark.ray
 
@@ -308,6 +308,10 @@ def test_what_cannot_be_measured_is_refused_before_any_work(options, tmp_path):
     few = dataclasses.replace(options, source=dataclasses.replace(options.source, num_holdout_images=7))
     with pytest.raises(ConfigError, match="source.name is scenes with 7 held-out images, but .* Hold out more"):
         evaluate(few)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    same = SourceOptions(name="image-folder", path=str(tmp_path), holdout_path=str(tmp_path))
+    with pytest.raises(ConfigError, match="source.holdout_path is .*, but 1 of its images are among those of source.path"):
+        evaluate(dataclasses.replace(options, source=same))
     with pytest.raises(ConfigError, match="evaluation.extractor is inception"):
         evaluate(with_evaluation(options, extractor="inception"))
     with pytest.raises(ConfigError, match="evaluation.metrics names fdi, but it must name some of: fd, fid"):

@@ -16,7 +16,7 @@ import pytest
 from s3_support import FAULTS, break_store
 
 from pipeline import storage
-from stages.errors import StorageError, TesseraError
+from stages.errors import ConfigError, StorageError, TesseraError
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,6 +263,21 @@ def test_paths():
     assert storage.absolute("s3://bucket/key/") == "s3://bucket/key"
     assert not storage.is_local(storage.absolute("s3://"))
     assert storage.is_local("/a") and not storage.is_local("s3://bucket/a")
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3a://bucket/x", "S3://bucket/x", "s3:/bucket/x", "file:///tmp/x", "https://host/x"])
+def test_an_address_that_is_none_of_s3_is_no_local_folder(path):
+    rule = f"path is {path}, but a path is local or begins with s3://"
+    for function in (storage.is_local, storage.absolute, storage.exists, storage.read_bytes):
+        with pytest.raises(ConfigError, match=rule):
+            function(path)
+    with pytest.raises(ConfigError, match=f"codes.{rule}"):
+        storage.check_reachable("codes.path", path)
+
+
+@pytest.mark.parametrize("path", ["a:b", "12:/b", "./gs://x", "/mnt/gs://x", "depth=a:/b"])
+def test_local_names_with_colons_are_local(path):
+    assert storage.is_local(path)
 
 
 def test_the_probe_accepts_a_store_that_refuses_and_leaves_nothing(folder):

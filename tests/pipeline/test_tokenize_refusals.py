@@ -107,6 +107,14 @@ def test_missing_inputs_are_named(options, tmp_path, section, error):
     assert not (tmp_path / "codes").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "holdout"])
+def test_images_that_are_held_out_and_trained_on_are_refused(options, tmp_path, split):
+    source = dataclasses.replace(options.source, holdout_path=options.source.path, split=split)
+    with pytest.raises(ConfigError, match="source.holdout_path is .*, but 1 of its images are among those of source.path.*such as .*1.png"):
+        tokenize(dataclasses.replace(with_codes(options, path=str(tmp_path / "codes")), source=source))
+    assert not (tmp_path / "codes").exists()
+
+
 def test_what_just_fits_is_accepted(options):
     tokenizer = open_tokenizer(options.tokenizer.path)
     assert check_images(tokenizer, with_codes(options, shard_size=1_398_101, row_group_rows=1 << 20)) == ("center", "flip")

@@ -4,6 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline import storage
+from pipeline.code_dataset.layout import claim_path
 from pipeline.code_dataset.plan import freeze, make_plan, read_plan
 from pipeline.sources import listing
 from stages.errors import ArtefactError, ConfigError
@@ -55,6 +57,36 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
     with pytest.raises(ArtefactError) as error:
         freeze(str(tmp_path), second)
     assert first.fingerprint in str(error.value) and second.fingerprint in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_of_two_plans_that_start_together_in_a_new_folder_one_is_refused(request, tmp_path, monkeypatch, place):
+    """The other job stores its plan when the first has looked at the folder and written nothing yet."""
+    root = str(tmp_path) if place == "local" else request.getfixturevalue("s3")
+    first, second = make_plan(table(), IDENTITY, 2), make_plan(table(), IDENTITY, 3)
+    list_files, overtaking = storage.list_files, [second]
+
+    def list_and_be_overtaken(*args, **kwargs):
+        found = list_files(*args, **kwargs)
+        while overtaking:
+            freeze(root, overtaking.pop())
+        return found
+
+    monkeypatch.setattr(storage, "list_files", list_and_be_overtaken)
+    with pytest.raises(ArtefactError, match=f"holds a code dataset of plan {second.fingerprint}, but .* {first.fingerprint}"):
+        freeze(root, first)
+    freeze(root, second)
+    assert len(read_plan(root, second.fingerprint).images) == 3
+
+
+def test_a_folder_of_an_earlier_version_goes_on_and_refuses_another_plan(tmp_path):
+    root, first, second = str(tmp_path), make_plan(table(), IDENTITY, 2), make_plan(table(), IDENTITY, 3)
+    freeze(root, first)
+    storage.delete(claim_path(root))
+    with pytest.raises(ArtefactError, match=first.fingerprint):
+        freeze(root, second)
+    freeze(root, first)
+    assert storage.exists(claim_path(root))
 
 
 def test_a_damaged_plan_is_refused(tmp_path):

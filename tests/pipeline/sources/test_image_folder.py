@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.fetch import fetch
 from pipeline.images import SUFFIXES
+from pipeline.sources.contract import hashed_id
 from pipeline.sources.image_folder import ImageFolder
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -180,6 +181,13 @@ def test_a_list_whose_first_file_does_not_exist_is_refused(tmp_path):
         source_at(tmp_path / "list.txt").list_images("train")
 
 
+def test_ids_of_a_list_are_hashes_of_its_paths_as_they_are_usually_written(tmp_path):
+    save(tmp_path / "0.png", 0)
+    (tmp_path / "list.txt").write_text(f"./a/../0.png\n../up.png\n{tmp_path}/b//1.png\n/other/./2.png\n")
+    ids = source_at(tmp_path / "list.txt").list_images("train")["image_id"].to_pylist()
+    assert ids == sorted(map(hashed_id, ("0.png", "../up.png", "b/1.png", "/other/2.png")))
+
+
 def test_a_list_may_name_files_anywhere(tmp_path):
     for folder in ("aa", "bb"):
         save(tmp_path / folder / "x.png", 0)
@@ -264,6 +272,11 @@ BAD_INPUT = {
     "empty list": (lambda tmp_path: write_list(tmp_path, "\n\n"), "but the list is empty"),
     "some classes": (lambda tmp_path: write_list(tmp_path, "a.png\tcat\nb.png\n"), "only some of its lines name"),
     "twice the same": (lambda tmp_path: write_list(tmp_path, "a.png\na.png\n"), "have the same image_id"),
+    "twice the same, spelled otherwise": (
+        lambda tmp_path: write_list(tmp_path, f"a.png\n./a.png\n{tmp_path}//a.png\n"),
+        "two of its images have the same image_id, that of .*/a.png",
+    ),
+    "an address": (lambda tmp_path: write_list(tmp_path, "gs://bucket/a.png\n"), "A line of .*list.txt is gs://bucket/a.png, but a path"),
     "not text": (lambda tmp_path: write_list(tmp_path, "\xff\xd8\xff"), "it is not UTF-8 text"),
 }
 

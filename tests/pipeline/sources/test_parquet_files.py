@@ -1,6 +1,7 @@
 """Images in Parquet files."""
 
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.fetch import fetch
+from pipeline.sources.contract import hashed_id
 from pipeline.sources.parquet_files import ParquetFiles
 from stages.errors import BadImage, ConfigError
 from stages.options import ImageOptions, SourceOptions
@@ -69,7 +71,7 @@ def test_a_struct_without_bytes_is_read_from_its_path(tmp_path, kind):
     assert [source.fetch(uri) for uri in uris[:2]] == [png(9)] * 2
     with pytest.raises(FileNotFoundError):
         source.fetch(uris[2])
-    with pytest.raises(BadImage, match=r"row 3 of .*a.parquet has no bytes, and https://host/a.png is neither a path nor an s3:// uri"):
+    with pytest.raises(BadImage, match=r"row 3 of .*a.parquet has no bytes: .* is https://host/a.png, but a path is local"):
         source.fetch(uris[3])
 
 
@@ -126,6 +128,27 @@ def test_ids_of_rows_do_not_depend_on_where_the_folder_lies(tmp_path, monkeypatc
     assert all(ids == listings[0] for ids in listings) and len(set(listings[0])) == 5
 
 
+def test_ids_of_uris_are_hashes_of_what_they_stand_for(tmp_path):
+    write(tmp_path / "first" / "x" / "list.parquet", uri=["a.png", "../b/./c.png", "/else/d.png"])
+    write(tmp_path / "second" / "x" / "list.parquet", uri=[f"{tmp_path}/second/x/a.png", "d/../../b/c.png"])
+    first, second = (dict(zip(*listed_ids(tmp_path / root))) for root in ("first", "second"))
+    assert first == {"x/a.png": hashed_id("x/a.png"), "b/c.png": hashed_id("b/c.png"), "/else/d.png": hashed_id("/else/d.png")}
+    assert second == {name: first[name] for name in ("x/a.png", "b/c.png")}
+
+
+def listed_ids(root):
+    """Paths below the root, and their ids."""
+    table = source_at(root).list_images("train")
+    return [os.path.normpath(uri).removeprefix(f"{root}/") for uri in table["uri"].to_pylist()], table["image_id"].to_pylist()
+
+
+def test_uris_of_one_file_are_refused_but_missing_ones_are_rows_of_their_own(tmp_path):
+    path = write(tmp_path / "twice.parquet", uri=["a.png", "b.png", "./a.png"])
+    with pytest.raises(ConfigError, match=f"source.path is {path}, but two of its images have the same image_id, that of .*/a.png"):
+        source_at(path).list_images("train")
+    assert len(source_at(write(tmp_path / "missing.parquet", uri=["a.png", None, None])).list_images("train")) == 3
+
+
 def test_a_row_that_is_gone_is_a_missing_file(tmp_path):
     path = write(tmp_path / "a.parquet", image=[png(0)])
     with pytest.raises(FileNotFoundError, match="has no row 1"):
@@ -161,8 +184,8 @@ BAD_FILES = {
     "images of text": ({"image": ["a.png"]}, "its image column is string, and images are encoded images. Store their bytes, or"),
     "images of numbers": ({"image": [5]}, "its image column is int64, and images are encoded images"),
     "a struct of other things": ({"image": [{"path": "a.png"}]}, "its image column is struct<path: string>, and images are encoded"),
-    "a uri of the web": ({"uri": ["a.png", "https://host/b.png"]}, "its uri https://host/b.png is neither a path nor an s3:// uri"),
-    "a uri of files": ({"uri": ["file:///a.png"]}, "its uri file:///a.png is neither a path nor an s3:// uri"),
+    "a uri of the web": ({"uri": ["a.png", "https://host/b.png"]}, "A uri of .*a.parquet is https://host/b.png, but a path is"),
+    "a uri of files": ({"uri": ["file:///a.png"]}, "A uri of .*a.parquet is file:///a.png, but a path is"),
     "uris of numbers": ({"uri": [5]}, "its uri column is int64"),
     "no rows": ({"image": pa.array([], pa.binary())}, "there are no train images in it"),
     "no labelled rows": ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no train images"),

@@ -32,7 +32,7 @@ from evaluation.reference_features import ReferenceOptions, prepare_references
 from evaluation.set_metric import HOLDOUT, RECONSTRUCTIONS, SAMPLES
 from pipeline.binding import check_preprocessing
 from pipeline.code_dataset import CodeDataset
-from pipeline.condition_codes import find_images
+from pipeline.condition_codes import check_same_images, find_images
 from pipeline.inputs import IMAGE, check_fit, check_maps, needed_maps
 from pipeline.sources import Source, list_split, open_source
 from pipeline.tokenizers import open_tokenizer
@@ -215,7 +215,11 @@ def _choose_holdout(source: Source, options: EvaluateOptions) -> pa.Table:
 
 
 def _holdout_conditions(conditions: CodeDataset, holdout: pa.Table) -> np.ndarray | None:
-    """Codes (m, P) of the conditions of held-out images; None, which is logged, where there are not all of them."""
+    """Codes (m, P) of the conditions of held-out images; None, which is logged, where there are not all of them.
+
+    Raises:
+        ArtefactError: they are of other images.
+    """
     found = find_images(conditions, holdout["image_id"].to_numpy())
     if conditions.manifest["views"][0] != VIEW or (found < 0).any():
         logger.warning(
@@ -228,6 +232,7 @@ def _holdout_conditions(conditions: CodeDataset, holdout: pa.Table) -> np.ndarra
             len(found),
         )
         return None
+    check_same_images(conditions, holdout, holdout["image_id"].to_numpy(), "the held-out images of the source")
     return conditions.codes(found * conditions.num_views)
 
 

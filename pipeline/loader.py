@@ -69,7 +69,7 @@ def open_conditions(
 
     Raises:
         ConfigError: no path is given.
-        ArtefactError: a missing or damaged dataset, other views, or images without a condition.
+        ArtefactError: a missing or damaged dataset, other views, images without a condition, or other images.
     """
     if path is None:
         raise ConfigError(

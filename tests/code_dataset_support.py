@@ -33,6 +33,11 @@ class Recipe:
     remap_unused: bool = False
     used_codes: tuple[int, ...] | None = None
     tokenizer_fingerprint: str = "f" * 64
+    uri: str = "image-{}"
+    num_bytes: int | None = None  # of every image
+    etag: str | None = None
+    views: str = "view {}"
+    last_crop: tuple[float, float, float, float] = (1.5, 2, 30, 40)  # of the last view of every image
 
     @property
     def row_format(self):
@@ -78,7 +83,9 @@ class Recipe:
         ids = 100 + np.arange(self.num_images)
         labels = self.labels(ids) if self.num_classes else None
         identity = {"class_names": [f"class {i}" for i in range(self.num_classes)], "codebook_size": self.codebook_size}
-        return make_plan(listing(ids, [f"image-{i}" for i in ids], labels), identity, self.shard_size)
+        uris, sizes, tags = ([value] * len(ids) for value in (self.uri, self.num_bytes, self.etag))
+        table = listing(ids, [uri.format(i) for uri, i in zip(uris, ids)], labels, sizes, tags)
+        return make_plan(table, identity, self.shard_size)
 
     def write_shard(self, root, shard, codes=None):
         first, stop = shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images)
@@ -90,7 +97,7 @@ class Recipe:
             codes=codes,
             image_ids=(100 + images).repeat(self.num_views),
             views=np.tile(np.arange(self.num_views), len(images)),
-            crops=np.tile(np.array([1.5, 2, 30, 40], np.float32), (n, 1)),
+            crops=np.tile(np.array([(1.5, 2, 30, 40)] * (self.num_views - 1) + [self.last_crop], np.float32), (len(images), 1)),
             is_flipped=np.arange(n) % 2 == 1,
             source_sha256=self._sha256(images).repeat(self.num_views, axis=0),
             labels=self.labels(100 + images).repeat(self.num_views),
@@ -150,7 +157,7 @@ class Recipe:
             "plan_fp": self.plan.fingerprint,
             "class_names": self.plan.identity["class_names"],
             "conditions": list(self.conditions),
-            "views": [f"view {i}" for i in range(self.num_views)],
+            "views": [self.views.format(i) for i in range(self.num_views)],
             "grid": list(self.grid),
             "tokenizer": {"fingerprint": self.tokenizer_fingerprint},
             "codec": {

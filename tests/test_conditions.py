@@ -24,7 +24,7 @@ from pipeline.tokenize_images import TokenizeOptions, tokenize
 from pipeline.tokenizers import open_tokenizer, store_tokenizer
 from pipeline.views import crop_of, render_map
 from stages.config import select_sections
-from stages.errors import ConfigError, TesseraError
+from stages.errors import ArtefactError, ConfigError, TesseraError
 from stages.first_stage.tokenizer import Tokenizer
 from stages.options import ImageOptions, SourceOptions
 
@@ -162,6 +162,9 @@ def test_a_transformer_is_trained_sampled_and_measured_for_maps(folder, caplog):
     assert record_id(other.identity) != measured.id, "samples for other maps are another evaluation"
     assert "24 of 24" not in caplog.text and "likelihood is left out: it needs the center view" in caplog.text
     assert "validation_nll" not in other.identity["metrics"]
+    other_scenes = dataclasses.replace(config, source=dataclasses.replace(config.source, seed=1))
+    with pytest.raises(ArtefactError, match="map-holdout was made of other images than the held-out images of the source: image_id"):
+        prepare(select_sections(EvaluateOptions, other_scenes, checkpoint=run.checkpoint))
 
 
 def likelihood_of(config, checkpoint, conditions):

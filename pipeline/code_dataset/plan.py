@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.code_dataset.layout import canonical_json, claim_of, claim_path, plan_path, read_json, sha256_hex
-from stages.errors import ArtefactError, ConfigError
+from stages.errors import ArtefactError, ConfigError, StorageError
 
 COLUMNS = ["image_id", "uri", "label", "num_bytes", "etag"]
 IDENTITY = b"identity"
@@ -104,21 +104,33 @@ def read_plan(root: str, fingerprint: str) -> Plan:
     Raises:
         ArtefactError: missing or damaged.
     """
-    path = plan_path(root, fingerprint)
+    path, images = plan_path(root, fingerprint), read_images(root, fingerprint)
     try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError:
-        raise ArtefactError(
-            f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
-        ) from None
-    try:
-        images = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
         plan = Plan(json.loads(images.schema.metadata[IDENTITY]), images)
         found = plan.fingerprint
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}). Restore it, or tokenize anew.") from None
     if found != fingerprint:
         raise ArtefactError(
             f"{path} is damaged: its fingerprint is {found}, not its name. Restore it, or tokenize anew."
         )
     return plan
+
+
+def read_images(root: str, fingerprint: str) -> pa.Table:
+    """`Plan.images` of a stored plan. Its pages are checked, but not its name, for which every row must be hashed.
+
+    Raises:
+        ArtefactError: missing or damaged.
+    """
+    path = plan_path(root, fingerprint)
+    try:
+        return pq.read_table(io.BytesIO(storage.read_bytes(path)), page_checksum_verification=True)
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{path} is missing, but the code dataset needs it. Restore it, or tokenize anew."
+        ) from None
+    except StorageError:
+        raise  # says itself what is wrong with the store
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}). Restore it, or tokenize anew.") from None

@@ -1,6 +1,7 @@
 """What a source must do, and helpers that sources share."""
 
 import hashlib
+import logging
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, TesseraError
 from stages.hashing import hash64, uniform
 from stages.options import SourceOptions
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["train", "holdout"]
+# In this order a source that learns its classes from the training images on the way need not list these again for them.
+SPLITS: tuple[Split, ...] = ("train", "holdout")
 IMAGE = "image"  # what is no map of an image
 
 
@@ -134,22 +139,30 @@ def split_by_hash(table: pa.Table, options: SourceOptions, split: Split) -> pa.T
 
 
 def list_split(source: Source, options: SourceOptions, split: Split) -> pa.Table:
-    """The listing of a split, where `holdout_path` names the other one compared with that.
+    """The listing of a split, compared with the other one where `holdout_path` names it.
+
+    Where the other one cannot be listed, which is logged, there is nothing to compare: who needs it will be told.
 
     Raises:
         ConfigError: the source's, or an image is in both.
     """
     if not options.holdout_path:
         return source.list_images(split)
-    training = source.list_images("train")  # first: a source may learn its classes on the way, and need not list again for them
-    holdout = source.list_images("holdout")
-    shared = shared_images(holdout, training)
+    tables: dict[Split, pa.Table] = {}
+    for each in SPLITS:
+        try:
+            tables[each] = source.list_images(each)
+        except TesseraError as error:
+            if each == split:
+                raise
+            logger.warning("Training and held-out images are not compared: %s", error)
+    shared = shared_images(tables["holdout"], tables["train"]) if len(tables) == len(SPLITS) else []
     if shared:
         raise ConfigError(
             f"source.holdout_path is {options.holdout_path}, but {len(shared)} of its images are among those of source.path, "
             f"{options.path}, such as {shared[0]}. Hold out images that are not trained on."
         )
-    return training if split == "train" else holdout
+    return tables[split]
 
 
 def shared_images(table: pa.Table, other: pa.Table) -> list[str]:

@@ -69,6 +69,14 @@ def test_splits_that_share_no_file_pass(folder):
     assert [len(listed(split, **given)) for split in ("train", "holdout")] == [8, 2]
 
 
+def test_held_out_images_that_are_not_there_are_told_to_who_needs_them(folder, caplog):
+    given = {"path": folder / "set/train", "holdout_path": folder / "nowhere"}
+    assert len(listed("train", **given)) == 8
+    assert f"Training and held-out images are not compared: source.holdout_path is {folder}/nowhere, but there are no" in caplog.text
+    with pytest.raises(ConfigError, match=f"source.holdout_path is {folder}/nowhere, but there are no images in it"):
+        listed("holdout", **given)
+
+
 def test_splits_on_s3(s3):
     for name in ("train/a.png", "val/a.png"):
         storage.put_if_absent(f"{s3}/{name}", b"pixels")

@@ -265,8 +265,17 @@ def resolve_checkpoint(checkpoint: str, run_path: str, names: Collection[str] | 
         commit = latest_commit(run_path, names)
         if commit is None:
             raise ArtefactError(f"run.path is {run_path}, but it has no committed checkpoint. Run train first.")
+        _check_kind(commit, names)
         return commit
     return open_verified(checkpoint, names)
+
+
+def _check_kind(commit: Commit, names: Collection[str] | None) -> None:
+    if names and not any(commit.has(name) for name in names):
+        raise ArtefactError(
+            f"checkpoint is {commit.path}, but it is of another kind of training and has none of {', '.join(names)}. Name a checkpoint of "
+            f"a transformer's run."
+        )
 
 
 def open_verified(folder: str, names: Collection[str] | None = None) -> Commit:
@@ -276,6 +285,7 @@ def open_verified(folder: str, names: Collection[str] | None = None) -> Commit:
         ArtefactError: there is none, or its files do not verify.
     """
     commit = open_commit(folder.rstrip("/"))
+    _check_kind(commit, names)
     problems = commit_problems(commit, names)
     if problems:
         raise ArtefactError(f"checkpoint is {folder}, but it is damaged: {'; '.join(problems)}. Use another checkpoint.")

@@ -131,6 +131,18 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
+def load_shards(engine: Any, folder: str, tag: str) -> bool:
+    """Loads what DeepSpeed saved, but for weight decay and betas: those are what the options say, not what they said then.
+
+    Returns whether there was anything.
+    """
+    asked = [{key: group[key] for key in ("weight_decay", "betas")} for group in engine.basic_optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(folder, tag=tag)
+    for group, values in zip(engine.basic_optimizer.param_groups, asked, strict=True):
+        group |= values
+    return loaded is not None
+
+
 def gather_weights(engine: Any, rank: int, zero_stage: int) -> dict[str, Tensor]:
     """The whole model's weights on rank 0 as CPU tensors (empty on other ranks); every rank must call it.
 

@@ -79,7 +79,7 @@ def activation_bytes(
     block = attention + ffn + 2 * mask * (config.residual_dropout > 0) + (4 if use_gpu else size) * num_scales
     edges = norm + size * c + mask * (config.embedding_dropout > 0)
     blocks = config.num_layers * size * c + block if checkpointing else config.num_layers * block
-    return num_rows * config.num_codes * (blocks + edges)
+    return num_rows * config.num_positions * (blocks + edges)
 
 
 def logits_bytes(config: TransformerConfig, num_rows: int) -> int:

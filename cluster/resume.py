@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cluster import checkpoints, universal
 from cluster.checkpoints import AVERAGES, SHARDS, WEIGHTS
+from cluster.deepspeed_engine import load_shards
 from cluster.node_folder import fetched, node_folder
 from cluster.train_options import TrainJobOptions
 from pipeline import storage
@@ -151,8 +152,8 @@ def load_commit(engine: Any, commit: checkpoints.Commit, keep_alive: Callable[[]
     ours = (dist.get_world_size(), engine.zero_optimization_stage())
     if saved == ours or saved[1] == ours[1] == 0:
         with fetched(commit, lambda ranks: read_on(commit, ranks), device, keep_alive) as folder:
-            loaded, _ = engine.load_checkpoint(folder, tag=SHARDS)
-        if loaded is None:
+            loaded = load_shards(engine, folder, SHARDS)
+        if not loaded:
             raise ArtefactError(
                 f"{commit.path} holds no optimizer state that DeepSpeed can load. Use another checkpoint."
             )

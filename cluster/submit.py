@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from cluster.job_client import connect, explained, follow
 from pipeline import storage
 from pipeline.job_options import section_paths
+from pipeline.sources import SOURCES
 from stages.config import load_config
 from stages.errors import ConfigError, TesseraError
 
@@ -209,6 +210,8 @@ def check_command(words: list[str], parsed: argparse.Namespace) -> tuple[str, ..
         )
     given = {key: getattr(parsed, name, None) for name, key in PATH_ARGUMENTS.items()}
     paths = {key: value for key, value in given.items() if isinstance(value, str) and value != "latest"}
+    if (source := getattr(parsed, "source", None)) is not None and source not in SOURCES:
+        paths["--source"] = source
     config_paths = []
     if parsed.command in SECTIONS:
         config_paths = parsed.config

@@ -97,7 +97,7 @@ def _plan(options: TrainJobOptions) -> RunPlan:
 def _open_metrics(options: TrainJobOptions, stage: "TransformerStage", attempt: str, num_threads: int) -> TrainMetrics:
     train = options.train
     if torch.cuda.is_available():
-        peak = gpu_peak_flops(torch.cuda.get_device_name())
+        peak = gpu_peak_flops(torch.cuda.get_device_name()) if train.precision == "bf16" else None  # known in bf16 only
     else:
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         peak = measured_peak_flops(dtype, num_threads)

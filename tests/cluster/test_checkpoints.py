@@ -11,14 +11,15 @@ from pipeline import storage
 from stages.errors import ArtefactError, StorageError
 
 
-def make(run, step, text="weights", **content):
-    """A committed checkpoint with one file."""
+def make(run, step, text="weights", names=("state.pt",), **content):
+    """A committed checkpoint with one file, or several."""
     folder = checkpoints.checkpoint_path(run, step, checkpoints.new_attempt())
     os.makedirs(folder)
-    with open(os.path.join(folder, "state.pt"), "w") as file:
-        file.write(text)
-    entry = checkpoints.file_entry(os.path.join(folder, "state.pt"), "state.pt")
-    required = {"step": step, "files": [entry], "root_hash": "r", "train_loss": 1.0}
+    for name in names:
+        with open(os.path.join(folder, name), "w") as file:
+            file.write(text)
+    entries = [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
+    required = {"step": step, "files": entries, "root_hash": "r", "train_loss": 1.0}
     return checkpoints.write_commit(folder, required | content)
 
 
@@ -117,10 +118,10 @@ def test_a_checkpoint_that_is_pruned_while_it_is_hashed_is_not_taken_for_damage(
 
 
 def test_a_damaged_file_that_is_not_needed_does_no_harm(run):
-    make(run, 10)
-    path = os.path.join(make(run, 20).path, "state.pt")
-    os.remove(path)
     others = ("transformer.safetensors",)
+    make(run, 10)
+    path = os.path.join(make(run, 20, names=("state.pt", *others)).path, "state.pt")
+    os.remove(path)
     assert checkpoints.latest_commit(run, others).step == checkpoints.resolve_checkpoint("latest", run, others).step == 20
     assert checkpoints.resolve_checkpoint(os.path.dirname(path), run, others).step == 20
     assert checkpoints.latest_commit(run, ("state.pt",)).step == 10
@@ -223,3 +224,11 @@ def test_commits_of_undone_steps_are_retired(run):
         make(run, step)
     checkpoints.retire_after(run, 10)
     assert [commit.step for commit in checkpoints.list_commits(run)] == [10]
+
+
+def test_a_checkpoint_of_another_kind_of_training_is_refused(run):
+    """A tokenizer's, where the transformer's weights are asked for."""
+    commit = make(run, 10)
+    for checkpoint in ("latest", commit.path):
+        with pytest.raises(ArtefactError, match=f"checkpoint is {commit.path}, but it is of another kind of training and has none of"):
+            checkpoints.resolve_checkpoint(checkpoint, run, checkpoints.SAMPLED_FROM)

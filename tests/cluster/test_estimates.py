@@ -39,10 +39,13 @@ NUM_ROWS = 2
 
 def loss_of(model, device):
     codes = torch.zeros(NUM_ROWS, SMALL.num_codes, dtype=torch.long, device=device)
-    return nll(model(codes, torch.zeros(NUM_ROWS, dtype=torch.long, device=device)), codes).sum()
+    num_prefix_tokens = model.config.num_prefix_tokens
+    labels = torch.zeros(NUM_ROWS, *[num_prefix_tokens] * (num_prefix_tokens > 1), dtype=torch.long, device=device)
+    return nll(model(codes, labels), codes).sum()
 
 
 GPT_2 = {"norm": "layer", "ffn": "gelu", "positions": "learned", "bias": True}
+CONDITION = {"conditioning": "codes", "num_prefix_tokens": SMALL.num_codes}
 MAPS = {"conditioning": "codes", "num_prefix_tokens": 16, "positions": "learned"}
 
 
@@ -72,7 +75,7 @@ def activations(config, precision, checkpointing=False):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{}, {"residual_dropout": 0.0, "embedding_dropout": 0.0}, {"qk_norm": False}])
+@pytest.mark.parametrize("changes", [{}, {"residual_dropout": 0.0, "embedding_dropout": 0.0}, {"qk_norm": False}, CONDITION])
 def test_activations_are_what_autograd_keeps(changes, precision):
     config = dataclasses.replace(SMALL, **changes)
     model = Transformer(config).to(torch.bfloat16 if precision == "bf16" else torch.float32).train()

@@ -16,6 +16,7 @@ from pipeline.job_options import PATHS
 from pipeline.sources.map_files import MAP_KEYS
 from pipeline.tokenize_images import TokenizeOptions
 from stages.config import load_config
+from stages.errors import ConfigError
 from stages.options import Config
 
 
@@ -50,3 +51,16 @@ def test_every_section_that_a_command_takes_has_its_paths_checked(command, optio
     sections = {field.name: {key.name for key in dataclasses.fields(field.type)} for field in dataclasses.fields(Config)}
     with_paths = {name for name, keys in sections.items() if keys & {*PATHS, *MAP_KEYS}}
     assert taken & with_paths <= set(submit.SECTIONS[command])
+
+
+@pytest.mark.parametrize(
+    "source, is_refused", [("pictures", True), ("/shared/pictures", False), ("s3://bucket/x", False), ("scenes", False)]
+)
+def test_the_source_of_a_demo_is_a_path_unless_it_is_a_name(source, is_refused):
+    words = ["demo", "--output", "/shared/out", "--source", source]
+    parsed = ray_job.build_parser().parse_args(words)
+    if not is_refused:
+        assert submit.check_command(words, parsed) == tuple(words)
+        return
+    with pytest.raises(ConfigError, match="--source is pictures, but"):
+        submit.check_command(words, parsed)

@@ -49,6 +49,26 @@ def test_a_run_cut_at_a_commit_goes_on_bitwise(tmp_path, codes, zero_stage, worl
     assert verify_run(options.run.path) == []
 
 
+@pytest.mark.parametrize("next_stage", [1, 2])
+def test_weight_decay_may_change_at_a_resume(tmp_path, codes, next_stage):
+    """As it is where the checkpoint must be converted first."""
+
+    def options_at(folder, weight_decay, zero_stage):
+        optim = {"weight_decay": weight_decay, "learning_rate": 1e-2}
+        return options_for(folder, codes, optim=optim, deepspeed={"zero_stage": zero_stage})
+
+    begun = options_at(tmp_path / "begun", 0.0, 1)
+    train(begun, 1)
+    forget_last_commit(begun.run.path)
+    found = {}
+    for weight_decay in (0.0, 5.0):
+        options = options_at(tmp_path / f"decay {weight_decay}", weight_decay, next_stage)
+        shutil.copytree(begun.run.path, options.run.path)
+        commit = train(options, 1)
+        found[weight_decay] = load_file(os.path.join(commit.path, WEIGHTS))["blocks.0.ffn.down.weight"].norm()
+    assert found[5.0] < 0.95 * found[0.0]
+
+
 def note_downloads(environment, path):
     """Makes this process know the S3 server, and write down which files it downloads."""
     os.environ |= environment

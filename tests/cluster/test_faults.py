@@ -1,5 +1,6 @@
 """What goes wrong inside a training loop and is undone or ends it clearly: NaN, spikes, full disks, requests to leave, hangs."""
 
+import itertools
 import os
 import resource
 
@@ -42,6 +43,17 @@ def poison_every_batch_from_7():
 
 def poison_batches_8_and_9():
     poison({8, 9}, float("nan"))
+
+
+def fail_at_step_10():
+    step, calls = train_loop.train_step, itertools.count()
+
+    def failing_step(engine, loaded, *args, **kwargs):
+        assert next(calls) < 100, "the run never gives up"
+        loss, norm = step(engine, loaded, *args, **kwargs)
+        return (float("nan") if loaded.step == 10 else loss), norm
+
+    train_loop.train_step = failing_step
 
 
 def spike_at_batch_20():
@@ -101,6 +113,14 @@ def test_a_run_that_stays_ill_stops_with_its_commits(tmp_path, codes):
     with pytest.raises(Exception, match="train.max_rollbacks is 2.*learning rate"):
         train(options, 1, poison_every_batch_from_7)
     assert checkpoints.latest_commit(options.run.path) is not None
+    assert verify_run(options.run.path) == []
+
+
+def test_a_run_that_is_ill_at_a_step_whatever_its_rows_stops(tmp_path, codes):
+    options = options_for(tmp_path, codes, train={**FOUR_EACH, "skip_batches": 1, "max_rollbacks": 3})
+    with pytest.raises(Exception, match="Step 10 has loss nan.*went back 3 times.*train.max_rollbacks is 3"):
+        train(options, 1, fail_at_step_10)
+    assert checkpoints.latest_commit(options.run.path).step == 8
     assert verify_run(options.run.path) == []
 
 

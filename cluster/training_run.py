@@ -132,6 +132,7 @@ class TrainingRun:
         commit = checkpoints.open_commit(path)
         self.stage.load(commit)
         self.history.restore(commit)
+        self._find(lambda: checkpoints.set_aside_damaged(self.plan.run_path, commit))
         logger.info("Resuming from %s", commit.path)
 
     def _find(self, find: Callable[[], str | None]) -> str | None:

@@ -11,6 +11,7 @@ from train_support import RECIPE, log_of, losses, options_for, start, train
 from cluster import checkpoints, train_loop, train_metrics
 from cluster import train_step as train_step_module
 from cluster import training_run
+from cluster.checkpoints import WEIGHTS
 from cluster.verify_run import verify_run
 from pipeline.order import batch_index
 from stages.second_stage.transformer import nll
@@ -142,6 +143,18 @@ def test_a_request_to_leave_commits_first(tmp_path, codes):
     commit = train(options, 2, leave_at_once, always)
     assert 0 < commit.step < 1000
     assert verify_run(options.run.path) == []
+
+
+def test_a_damaged_commit_is_no_progress_of_a_run_that_goes_on_before_it(tmp_path, codes):
+    sections = {"num_steps": 6, "checkpoint_every_steps": 3}
+    options = options_for(tmp_path, codes, train=sections)
+    damaged = train(options, 1)
+    os.remove(os.path.join(damaged.path, WEIGHTS))
+    stopped = train(options, 1, leave_at_once, always)
+    assert stopped.step == 4 and checkpoints.newest_commit(options.run.path) == stopped
+    assert os.path.exists(os.path.join(damaged.path, checkpoints.DAMAGED))
+    assert verify_run(options.run.path) == []
+    assert train(options, 1).step == 6
 
 
 def small_files_only():

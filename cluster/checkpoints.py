@@ -100,15 +100,6 @@ def data_entry(chunks: Iterable[bytes], name: str) -> dict[str, Any]:
     return {"path": name, "bytes": num_bytes, "xxh3_128": digest.hexdigest()}
 
 
-def sync_file(path: str) -> None:
-    """Forces a local file to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_commit(folder: str, content: dict[str, Any]) -> Commit:
     """Makes the checkpoint in `folder` exist.
 

@@ -14,6 +14,7 @@ from cluster import checkpoints
 from cluster.rank_messages import wait_for_all
 from cluster.staging import Staging, memory_has_room, remove_abandoned
 from pipeline import storage
+from stages import files
 from stages.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Checkpointer:
     Args:
         run_path: of the run.
         attempt: unique to this group of processes.
-        save: writes this rank's part of the state into a local folder, which may be the same for all ranks.
+        save: writes this rank's part of the state into a local folder of its own. No two ranks write a file of the same name.
         saved_bytes: that `save` writes at most.
         device: for collectives.
         keep_alive: called while `finish` waits for a slow store, as long as all ranks live.
@@ -76,11 +77,10 @@ class Checkpointer:
         in_memory = self._fits_in_memory()
         with _storage_errors(self.run_path):
             staging = Staging(in_memory) if in_memory or not storage.is_local(self._path) else None
-            folder = self._path if staging is None else staging.path
-            os.makedirs(folder, exist_ok=True)
+            folder = os.path.join(self._path, f"rank-{self.rank}") if staging is None else staging.path
+            files.make_folder(folder)
             self._save(folder)
-        dist.barrier()
-        self._published = self._publisher.submit(self._publish, self._path, staging)
+        self._published = self._publisher.submit(self._publish, folder, staging)
 
     def _fits_in_memory(self) -> bool:
         """Whether every rank's files do; all ranks get the same answer."""
@@ -89,29 +89,22 @@ class Checkpointer:
         dist.all_reduce(fits, dist.ReduceOp.MIN)
         return bool(fits.item())
 
-    def _publish(self, path: str, staging: Staging | None) -> Entries:
-        """Syncs (already in place) or moves this rank's share of the files and returns their entries."""
+    def _publish(self, folder: str, staging: Staging | None) -> Entries:
+        """Moves the files that this rank wrote from its folder to where they belong and returns their entries. A rank lists no folder that
+        others write into: with NFS it may not see yet what is in there."""
+        put = files.move if staging is None else lambda source, target: storage.put_file_if_absent(target, source)
         try:
-            return self._moved(path, path if staging is None else staging.path)
+            with _storage_errors(self.run_path):
+                sources = storage.list_files(folder)
+                entries = [checkpoints.file_entry(source, os.path.relpath(source, folder)) for source in sources]
+                for source, entry in zip(sources, entries):
+                    put(source, storage.join(self._path, entry["path"]))
+                if staging is None:
+                    _remove_emptied(folder)
+            return entries
         finally:
             if staging is not None:
                 staging.close()
-
-    def _moved(self, path: str, folder: str) -> Entries:
-        """This rank's files in `folder`, once they are in `path`."""
-        is_in_place = folder == path
-        names = sorted(
-            os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
-        )
-        if is_in_place:
-            names = names[self.rank :: self.world_size]  # the folder is shared, so ranks split the hashing
-        with _storage_errors(self.run_path):
-            for name in names:
-                if is_in_place:
-                    checkpoints.sync_file(os.path.join(folder, name))
-                else:
-                    storage.put_file_if_absent(storage.join(path, name), os.path.join(folder, name))
-            return [checkpoints.file_entry(os.path.join(folder, name), name) for name in names]
 
     def finish(self) -> checkpoints.Commit | None:
         """Waits for every rank and commits; None when nothing is pending.
@@ -144,8 +137,15 @@ class Checkpointer:
             if isinstance(outcome, StorageError):
                 raise outcome
             entries += outcome
+        assert len({entry["path"] for entry in entries}) == len(entries), "two ranks wrote a file of the same name"
         with _storage_errors(self.run_path):
             return checkpoints.write_commit(self._path, self._describe(entries))
+
+
+def _remove_emptied(folder: str) -> None:
+    """Removes a folder and those in it. OSError if a file is left, which would be missing in the checkpoint."""
+    for parent, _, _ in os.walk(folder, topdown=False):
+        os.rmdir(parent)
 
 
 def _attempt(work: Callable[[], Any]) -> Any:

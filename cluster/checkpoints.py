@@ -26,6 +26,7 @@ from stages.errors import ArtefactError
 logger = logging.getLogger(__name__)
 
 COMMIT = "COMMIT.json"
+DAMAGED = "DAMAGED.json"  # name of the commit file of a checkpoint that a run passed over
 WEIGHTS, AVERAGES = "transformer.safetensors", "transformer-average.safetensors"  # of a second-stage checkpoint
 SAMPLED_FROM = (WEIGHTS, AVERAGES)
 SHARDS = "deepspeed"  # folder of what DeepSpeed saves
@@ -97,15 +98,6 @@ def data_entry(chunks: Iterable[bytes], name: str) -> dict[str, Any]:
         digest.update(chunk)
         num_bytes += len(chunk)
     return {"path": name, "bytes": num_bytes, "xxh3_128": digest.hexdigest()}
-
-
-def sync_file(path: str) -> None:
-    """Forces a local file to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_commit(folder: str, content: dict[str, Any]) -> Commit:
@@ -215,7 +207,7 @@ def list_commits(run_path: str, problems: list[str] | None = None) -> list[Commi
         problems += damaged
     elif damaged and not commits:
         raise _all_damaged(run_path)
-    return sorted(commits, key=lambda commit: (commit.step, commit.content["created_at"]))
+    return sorted(commits, key=_age)
 
 
 def newest_commit(run_path: str) -> Commit | None:
@@ -334,7 +326,8 @@ class Retention:
 
 
 def prune(run_path: str, retention: Retention) -> None:
-    """Removes commits that are not kept, and attempts older than the newest commit that never committed."""
+    """Removes commits that are not kept, and folders older than the newest commit without one: attempts that never committed, and what was
+    set aside."""
     commits = list_commits(run_path)
     kept = {commit.path for commit in retention.kept(commits)}
     for commit in commits:
@@ -357,6 +350,26 @@ def retire_after(run_path: str, step: int) -> None:
     for commit in list_commits(run_path):
         if commit.step > step:
             _remove(commit)
+
+
+def set_aside_damaged(run_path: str, latest: Commit) -> None:
+    """Makes the damaged commits that are newer than the one a run goes on from exist no more, or they would count as how far it is. Their
+    files stay, with COMMIT.json as DAMAGED.json, until `prune` finds a commit of a later step. What another process committed meanwhile
+    verifies and is left alone."""
+    for commit in list_commits(run_path):
+        if _age(commit) > _age(latest) and commit_problems(commit) and is_there(commit):
+            storage.replace(storage.join(commit.path, DAMAGED), storage.read_bytes(storage.join(commit.path, COMMIT)))
+            storage.delete(storage.join(commit.path, COMMIT))
+            logger.warning("Checkpoint %s is set aside: its %s is %s", commit.path, COMMIT, DAMAGED)
+
+
+def was_set_aside(commit: Commit) -> bool:
+    """Whether a run found the checkpoint damaged and went on from an earlier one."""
+    return not is_there(commit) and storage.exists(storage.join(commit.path, DAMAGED))
+
+
+def _age(commit: Commit) -> tuple[int, float]:
+    return commit.step, commit.content["created_at"]
 
 
 def _remove(commit: Commit) -> None:

@@ -18,7 +18,7 @@ def save_engine(engine: Any, folder: str, *, saves_average: bool) -> None:
 
     Args:
         engine: DeepSpeed's.
-        folder: local; the ranks of a node share it.
+        folder: local, of this rank alone.
         saves_average: whether the optimizer keeps averaged weights.
     """
     stage, rank = engine.zero_optimization_stage(), dist.get_rank()

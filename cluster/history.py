@@ -43,6 +43,11 @@ class History:
         log = run_log.read_tail(self._run_path, content["log"], NUM_STEPS_BEFORE)
         self.recent_losses = [record["loss"] for record in log]
 
+    @property
+    def last_fault(self) -> int:
+        """The highest step that a fault was found in; -1 when none was."""
+        return max((event["step"] for event in self.events), default=-1)
+
     def append(self, record: dict[str, Any]) -> None:
         """One more step."""
         self.step += 1

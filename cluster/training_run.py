@@ -107,7 +107,7 @@ class TrainingRun:
         self.stage, self.plan, self.history, self.checkpointer = stage, plan, history, checkpointer
         self.metrics, self.should_leave, self.watchdog, self.timer = metrics, should_leave, watchdog, timer
         self.rank = dist.get_rank()
-        self.num_rollbacks = 0  # since the last commit
+        self.num_rollbacks = 0  # since the last commit beyond all faults
         self.looked_at = self.committed_at = time.monotonic()
 
     def go(self, seconds_to_start: dict[str, float]) -> None:
@@ -132,6 +132,7 @@ class TrainingRun:
         commit = checkpoints.open_commit(path)
         self.stage.load(commit)
         self.history.restore(commit)
+        self._find(lambda: checkpoints.set_aside_damaged(self.plan.run_path, commit))
         logger.info("Resuming from %s", commit.path)
 
     def _find(self, find: Callable[[], str | None]) -> str | None:
@@ -202,7 +203,9 @@ class TrainingRun:
             commit = self.checkpointer.finish()
         if commit is None:
             return
-        self.history.parent, self.num_rollbacks = commit, 0
+        self.history.parent = commit
+        if commit.step > self.history.last_fault:  # one that makes undone steps again proves nothing
+            self.num_rollbacks = 0
         self.watchdog.feed()
         if self.rank == 0:
             measured = commit.content["measured"]
@@ -219,8 +222,8 @@ class TrainingRun:
         path = self._find(lambda: _earlier_path(plan.run_path, self.num_rollbacks))
         if path is None or self.num_rollbacks > plan.max_rollbacks:
             raise TesseraError(
-                f"Step {record['step']} has {fault}, and the run went back {self.num_rollbacks - 1} times since its last commit "
-                f"({plan.section}.max_rollbacks is {plan.max_rollbacks}). Lower the learning rate or use "
+                f"Step {record['step']} has {fault}, and the run went back {self.num_rollbacks - 1} times without a commit beyond the "
+                f"steps that failed ({plan.section}.max_rollbacks is {plan.max_rollbacks}). Lower the learning rate or use "
                 f"{plan.section}.precision=fp32, and run the same command again: commits are untouched."
             )
         commit = checkpoints.open_commit(path)

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ELASTIC_START_SECONDS = 60
 RETRY_SECONDS = 5.0
+
+Answer = TypeVar("Answer")
 
 
 class _Trainer(TorchTrainer):
@@ -121,37 +123,45 @@ def run_to_the_end(
     stop = StopRequest()
     with stop.on_sigterm():
         while True:
-            step_before = _step(run_path, scaling)
+            before = _newest_commit(run_path, scaling)
             try:
                 run_workers(worker, options, scaling, storage.join(run_path, "ray"), stop=stop)
             except (ray.train.TrainingFailedError, StorageError) as error:
-                if stop.is_made or _step(run_path, scaling) <= step_before:
+                if stop.is_made or not _got_on(before, run_path, scaling):
                     raise
-                logger.warning(
-                    "The workers failed too often, but committed since they started: starting again. %s", error
-                )
+                logger.warning("The workers failed too often, but got on since they started: starting again. %s", error)
                 continue
             newest = _newest_commit(run_path, scaling)
             if newest is not None and newest.step >= num_steps:
                 return newest
             if stop.is_made:
                 raise Stopped(
-                    f"SIGTERM ended the run at step {_step(run_path, scaling)} of {num_steps}, which is committed. Run the same command "
+                    f"SIGTERM ended the run at step {_step(newest)} of {num_steps}, which is committed. Run the same command "
                     f"again: it goes on from there."
                 )
 
 
-def _step(run_path: str, scaling: ScalingOptions) -> int:
-    commit = _newest_commit(run_path, scaling)
+def _got_on(before: checkpoints.Commit | None, run_path: str, scaling: ScalingOptions) -> bool:
+    """Whether workers committed steps beyond what was the newest commit, or found that one damaged, so that theirs cannot be counted."""
+    if _step(_newest_commit(run_path, scaling)) > _step(before):
+        return True
+    return before is not None and _ask(lambda: checkpoints.was_set_aside(before), scaling)
+
+
+def _step(commit: checkpoints.Commit | None) -> int:
     return 0 if commit is None else commit.step
 
 
 def _newest_commit(run_path: str, scaling: ScalingOptions) -> checkpoints.Commit | None:
-    """The run's newest commit; a store that fails is asked again, for as long as a worker may hang."""
+    return _ask(lambda: checkpoints.newest_commit(run_path), scaling)
+
+
+def _ask(question: Callable[[], Answer], scaling: ScalingOptions) -> Answer:
+    """The answer of a store, which is asked again while it fails, for as long as a worker may hang."""
     deadline = time.monotonic() + scaling.hang_timeout_seconds
     while True:
         try:
-            return checkpoints.newest_commit(run_path)
+            return question()
         except StorageError as error:
             if time.monotonic() > deadline:
                 raise

@@ -13,7 +13,7 @@ Write = Callable[[BinaryIO], Any]
 def put_if_absent(path: str, write: Write) -> bool:
     """Writes a file unless it exists, and the folders above it. Returns whether this call wrote it: of several writers one does."""
     folder = os.path.dirname(path) or "."
-    _make_folder(folder)
+    make_folder(folder)
     temporary = _write_temporary(folder, write)
     try:
         os.link(temporary, path)
@@ -28,7 +28,7 @@ def put_if_absent(path: str, write: Write) -> bool:
 def replace(path: str, write: Write) -> None:
     """Writes a file whether it exists or not, and the folders above it."""
     folder = os.path.dirname(path) or "."
-    _make_folder(folder)
+    make_folder(folder)
     temporary = _write_temporary(folder, write)
     try:
         os.replace(temporary, path)
@@ -36,6 +36,30 @@ def replace(path: str, write: Write) -> None:
         os.unlink(temporary)
         raise
     _sync_folder(folder)
+
+
+def move(path: str, target: str) -> None:
+    """Moves a file within its file system, and makes the folders above the new place. What was there is replaced."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    folder = os.path.dirname(target) or "."
+    make_folder(folder)
+    os.replace(path, target)
+    _sync_folder(folder)
+
+
+def make_folder(folder: str) -> None:
+    """Makes a folder so that it survives a power cut: its name is in its parent, which is what must be synced."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder) or "."
+    make_folder(parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    _sync_folder(parent)
 
 
 def _write_temporary(folder: str, write: Write) -> str:
@@ -49,20 +73,6 @@ def _write_temporary(folder: str, write: Write) -> str:
             os.unlink(temporary)
             raise
     return temporary
-
-
-def _make_folder(folder: str) -> None:
-    """Makes a folder so that it survives a power cut: its name is in its parent, which is what must be synced."""
-    if os.path.isdir(folder):
-        return
-    parent = os.path.dirname(folder) or "."
-    _make_folder(parent)
-    try:
-        os.mkdir(folder)
-    except FileExistsError:
-        if not os.path.isdir(folder):
-            raise
-    _sync_folder(parent)
 
 
 def _sync_folder(folder: str) -> None:

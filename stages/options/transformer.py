@@ -127,6 +127,6 @@ class TrainOptions:
     )
     skip_batches: int = option(16, "Global batches up to the offending one that are then left out.", low=1)
     max_rollbacks: int = option(
-        3, "Times in a row, without a new commit, that a run goes back before it gives up.", low=0
+        3, "Times in a row, without a commit beyond the steps that failed, that a run goes back before it gives up.", low=0
     )
     deterministic: bool = option(False, "Refuse operations whose result is not bitwise reproducible.")

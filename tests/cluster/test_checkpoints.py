@@ -83,6 +83,45 @@ def test_a_damaged_commit_file_is_passed_over_and_named(run, damage, caplog):
     assert os.path.exists(path), "somebody may mend it"
 
 
+def spoil(commit):
+    with open(os.path.join(commit.path, "state.pt"), "w") as file:
+        file.write("damaged")
+
+
+def test_damaged_commits_after_the_latest_are_set_aside_until_the_run_has_passed_them(run):
+    older, latest, damaged = make(run, 10), make(run, 20), make(run, 30)
+    for commit in (older, damaged):
+        spoil(commit)
+    meanwhile = make(run, 40)
+    checkpoints.set_aside_damaged(run, latest)
+    assert checkpoints.list_commits(run) == [older, latest, meanwhile], "what another process commits is sound"
+    assert checkpoints.was_set_aside(damaged) and not checkpoints.was_set_aside(older)
+    storage.delete_tree(meanwhile.path)
+    checkpoints.prune(run, checkpoints.Retention(newest=1))
+    assert sorted(os.listdir(damaged.path)) == [checkpoints.DAMAGED, "state.pt"], "somebody may look at it"
+    assert checkpoints.list_commits(run) == [latest]
+    make(run, 40)
+    checkpoints.prune(run, checkpoints.Retention(newest=1))
+    assert not os.path.exists(damaged.path)
+
+
+def test_a_damaged_commit_of_the_same_step_is_set_aside_too(run):
+    latest, again = make(run, 20), make(run, 20)
+    spoil(again)
+    checkpoints.set_aside_damaged(run, latest)
+    assert checkpoints.newest_commit(run) == latest
+
+
+def test_a_commit_that_is_set_aside_can_be_restored(run):
+    latest, damaged = make(run, 20), make(run, 30)
+    spoil(damaged)
+    checkpoints.set_aside_damaged(run, latest)
+    os.rename(os.path.join(damaged.path, checkpoints.DAMAGED), os.path.join(damaged.path, checkpoints.COMMIT))
+    with open(os.path.join(damaged.path, "state.pt"), "w") as file:
+        file.write("weights")
+    assert checkpoints.latest_commit(run) == damaged
+
+
 def test_commits_without_a_hash_of_their_own_are_read(run):
     commit = make(run, 10)
     content = {name: value for name, value in commit.content.items() if name != "sha256"}

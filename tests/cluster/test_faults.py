@@ -1,5 +1,6 @@
 """What goes wrong inside a training loop and is undone or ends it clearly: NaN, spikes, full disks, requests to leave, hangs."""
 
+import itertools
 import os
 import resource
 
@@ -10,6 +11,7 @@ from train_support import RECIPE, log_of, losses, options_for, start, train
 from cluster import checkpoints, train_loop, train_metrics
 from cluster import train_step as train_step_module
 from cluster import training_run
+from cluster.checkpoints import WEIGHTS
 from cluster.verify_run import verify_run
 from pipeline.order import batch_index
 from stages.second_stage.transformer import nll
@@ -42,6 +44,17 @@ def poison_every_batch_from_7():
 
 def poison_batches_8_and_9():
     poison({8, 9}, float("nan"))
+
+
+def fail_at_step_10():
+    step, calls = train_loop.train_step, itertools.count()
+
+    def failing_step(engine, loaded, *args, **kwargs):
+        assert next(calls) < 100, "the run never gives up"
+        loss, norm = step(engine, loaded, *args, **kwargs)
+        return (float("nan") if loaded.step == 10 else loss), norm
+
+    train_loop.train_step = failing_step
 
 
 def spike_at_batch_20():
@@ -104,6 +117,14 @@ def test_a_run_that_stays_ill_stops_with_its_commits(tmp_path, codes):
     assert verify_run(options.run.path) == []
 
 
+def test_a_run_that_is_ill_at_a_step_whatever_its_rows_stops(tmp_path, codes):
+    options = options_for(tmp_path, codes, train={**FOUR_EACH, "skip_batches": 1, "max_rollbacks": 3})
+    with pytest.raises(Exception, match="Step 10 has loss nan.*went back 3 times.*train.max_rollbacks is 3"):
+        train(options, 1, fail_at_step_10)
+    assert checkpoints.latest_commit(options.run.path).step == 8
+    assert verify_run(options.run.path) == []
+
+
 def test_skipped_batches_are_passed_over():
     skipped = [(2, 4), (5, 6)]
     assert [batch_index(step, skipped) for step in range(5)] == [0, 1, 4, 6, 7]
@@ -122,6 +143,18 @@ def test_a_request_to_leave_commits_first(tmp_path, codes):
     commit = train(options, 2, leave_at_once, always)
     assert 0 < commit.step < 1000
     assert verify_run(options.run.path) == []
+
+
+def test_a_damaged_commit_is_no_progress_of_a_run_that_goes_on_before_it(tmp_path, codes):
+    sections = {"num_steps": 6, "checkpoint_every_steps": 3}
+    options = options_for(tmp_path, codes, train=sections)
+    damaged = train(options, 1)
+    os.remove(os.path.join(damaged.path, WEIGHTS))
+    stopped = train(options, 1, leave_at_once, always)
+    assert stopped.step == 4 and checkpoints.newest_commit(options.run.path) == stopped
+    assert os.path.exists(os.path.join(damaged.path, checkpoints.DAMAGED))
+    assert verify_run(options.run.path) == []
+    assert train(options, 1).step == 6
 
 
 def small_files_only():

@@ -23,14 +23,14 @@ def run_groups(tmp_path, monkeypatch):
     """Runs groups of which each commits the next of `steps` and fails with `error`, or succeeds at step 50."""
     run_path = str(tmp_path / "run")
 
-    def run(steps, error):
+    def run(steps, error, look=lambda commit: None):
         left = iter(steps)
 
         def run_workers(*args, **kwargs):
             step = next(left)
             folder = checkpoints.checkpoint_path(run_path, step, checkpoints.new_attempt())
             os.makedirs(folder)
-            checkpoints.write_commit(folder, {"step": step, "files": []})
+            look(checkpoints.write_commit(folder, {"step": step, "files": []}))
             if step < 50:
                 raise error
 
@@ -53,6 +53,15 @@ def test_faults_do_not_end_a_run_that_gets_on(run_groups, error):
 def test_faults_end_a_run_that_does_not_get_on(run_groups, error):
     with pytest.raises(type(error)):
         run_groups([10, 10, 50], error)
+
+
+def test_a_damaged_commit_that_workers_pass_over_does_not_hide_what_they_commit(run_groups, tmp_path):
+    run_path = str(tmp_path / "run")
+    folder = checkpoints.checkpoint_path(run_path, 40, checkpoints.new_attempt())
+    os.makedirs(folder)
+    missing = {"path": "weights", "bytes": 7, "xxh3_128": ""}
+    checkpoints.write_commit(folder, {"step": 40, "files": [missing]})
+    assert run_groups([10, 20, 50], FAULTS[0], lambda commit: checkpoints.set_aside_damaged(run_path, commit)).step == 50
 
 
 def test_a_store_that_fails_when_the_driver_looks_too_is_asked_again(run_groups, monkeypatch):

@@ -44,3 +44,13 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError):
         files.replace(str(tmp_path / "file"), lambda file: file.write(b"new"))
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_is_moved_so_that_a_power_cut_loses_neither_it_nor_its_folders(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    path, target = tmp_path / "file", tmp_path / "new" / "folder" / "moved"
+    path.write_bytes(b"content")
+    files.move(str(path), str(target))
+    assert target.read_bytes() == b"content" and not path.exists()
+    assert synced == [str(each) for each in (path, tmp_path, tmp_path / "new", tmp_path / "new" / "folder")]

@@ -235,8 +235,7 @@ def check_paths(paths: Mapping[str, str]) -> None:
         ConfigError: naming the key.
     """
     for key, path in paths.items():
-        storage.check_address(key, path)
-        if storage.is_local(path) and not os.path.isabs(os.path.expanduser(path)):  # ~ is every node's own
+        if storage.is_local(path, key) and not os.path.isabs(os.path.expanduser(path)):  # ~ is every node's own
             raise ConfigError(
                 f"{key} is {path}, but a job works in a copy of the checkout that Ray deletes: what it writes there is lost, and "
                 "what lies here is not there. Give s3://… or the absolute path of a folder that all nodes share."

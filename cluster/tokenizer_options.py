@@ -92,11 +92,7 @@ def check_training(options: TokenizerJobOptions) -> None:
         )
     check_batch(options)
     _warn_of_missing_attention(options)
-    for key in ("lecam_weight", "r1_weight"):
-        if getattr(train, key) > 0 and train.discriminator_weight == 0:
-            logger.warning(
-                "tokenizer_train.%s is %s, but there is no discriminator (discriminator_weight=0) to hold back.", key, getattr(train, key)
-            )
+    _warn_of_missing_discriminator(train)
 
 
 def _warn_of_missing_attention(options: TokenizerJobOptions) -> None:
@@ -109,6 +105,14 @@ def _warn_of_missing_attention(options: TokenizerJobOptions) -> None:
             ", ".join(map(str, sides)),
             ", ".join(map(str, missing)),
         )
+
+
+def _warn_of_missing_discriminator(train: TokenizerTrainOptions) -> None:
+    for key in ("lecam_weight", "r1_weight"):
+        if getattr(train, key) > 0 and train.discriminator_weight == 0:
+            logger.warning(
+                "tokenizer_train.%s is %s, but there is no discriminator (discriminator_weight=0) to hold back.", key, getattr(train, key)
+            )
 
 
 def check_networks(tokenizer: TokenizerOptions, train: TokenizerTrainOptions, images: ImageOptions) -> None:

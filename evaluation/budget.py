@@ -65,7 +65,7 @@ class Budget:
 
     def begin(self, run: str) -> bool:
         """Notes that an evaluation of this run begins, and returns whether it has the whole night."""
-        is_whole = self._left() > WHOLE_NIGHT * self.seconds
+        is_whole = self._is_whole()
         if self._is_limited and self._is_start():
             turn = {"run": run, "began_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")}
             storage.replace(storage.join(self._folder, f"{canonical_hash(run)[:32]}.json"), json.dumps(turn).encode())
@@ -93,9 +93,12 @@ class Budget:
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
+    def _is_whole(self) -> bool:
+        return self._left() > WHOLE_NIGHT * self.seconds
+
     def _is_start(self) -> bool:
         # Looking at many runs that have nothing new may take more than the rest of a night that counts as whole.
-        return self._left() > WHOLE_NIGHT * self.seconds or not self._has_begun
+        return self._is_whole() or not self._has_begun
 
     def _last_turns(self) -> dict[str, str]:
         """By run: ISO time of its newest record, or of the last start of a night that it had, if that is later."""

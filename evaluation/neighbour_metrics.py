@@ -108,7 +108,7 @@ class DensityCoverage(_NeighbourMetric):
             depth.append(is_inside.double().sum(1) / DENSITY_NEIGHBOURS)
             for block in range(self.num_blocks):
                 hits[block] |= is_inside[blocks[part] == block].any(0)
-        kept = [~torch.isin(torch.arange(self.num_blocks), torch.tensor(left_out)) for left_out in ([], *self.left_out())]
+        kept = [[block for block in range(self.num_blocks) if block not in left_out] for left_out in ([], *self.left_out())]
         return {
             "density": mean_estimate(torch.cat(depth).numpy()),
             "coverage": self.jackknifed([float(hits[rows].any(0).double().mean()) for rows in kept], len(x)),

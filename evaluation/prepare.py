@@ -121,9 +121,9 @@ def prepare(options: EvaluateOptions) -> Preparation:
     deciding = ReferenceOptions(source=options.source, images=images, evaluation=evaluation)
     references = prepare_references(deciding, source, plan, extractors)
     _check_neighbours(plan, evaluation, len(references.uris))
-    networks = {name: getattr(PIXEL_METRICS[name](evaluation), "fingerprint", None) for name in plan.pixels}
-    known_networks = {name: fingerprint for name, fingerprint in networks.items() if fingerprint is not None}
-    means = Means(plan=plan, extractors=extractors, references=references, networks=known_networks)
+    pixel_metrics = {name: PIXEL_METRICS[name](evaluation) for name in plan.pixels}
+    networks = {name: metric.fingerprint for name, metric in pixel_metrics.items() if hasattr(metric, "fingerprint")}
+    means = Means(plan=plan, extractors=extractors, references=references, networks=networks)
     assignment = Assignment(
         checkpoint_path=commit.path if commit is not None else None,
         tokenizer=options.tokenizer,

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-NUM_NODES = 64
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)  # of Gauss' quadrature over [-1, 1]
 NUM_HALVINGS = 100
 
 
@@ -13,8 +13,7 @@ def student_tail(t: float, degrees_of_freedom: int) -> float:
     """Probability that a value of Student's t distribution is above t, for t ≥ 0, also far out: the integral of
     sin(u)^(dof - 1) up to arctan(sqrt(dof) / t), which is the tail after u = arctan(sqrt(dof) / x), by Gauss' quadrature."""
     end = math.atan2(math.sqrt(degrees_of_freedom), t)
-    nodes, weights = np.polynomial.legendre.leggauss(NUM_NODES)
-    integral = end / 2 * float(weights @ np.sin(end / 2 * (nodes + 1)) ** (degrees_of_freedom - 1))
+    integral = end / 2 * float(WEIGHTS @ np.sin(end / 2 * (NODES + 1)) ** (degrees_of_freedom - 1))
     factor = math.lgamma((degrees_of_freedom + 1) / 2) - math.lgamma(degrees_of_freedom / 2)
     return math.exp(factor) / math.sqrt(math.pi) * integral
 

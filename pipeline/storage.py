@@ -45,16 +45,15 @@ def check_address(key: str, path: str) -> None:
         raise ConfigError(f"{key} is {path}, but a path is local or begins with {S3}. Write one of these.")
 
 
-def is_local(path: str) -> bool:
-    """Whether a path is on this machine's file system. ConfigError where it is an address of another kind."""
-    check_address("path", path)
+def is_local(path: str, key: str = "path") -> bool:
+    """Whether a path is on this machine's file system. Raises what `check_address` raises of `key`."""
+    check_address(key, path)
     return not path.startswith(S3)
 
 
 def absolute(path: str, key: str = "path") -> str:
     """A path that means the same in any working directory; ~ is the home directory. Raises what `check_address` raises of `key`."""
-    check_address(key, path)
-    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else S3 + path.removeprefix(S3).rstrip("/")
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path, key) else S3 + path.removeprefix(S3).rstrip("/")
 
 
 def join(path: str, *parts: str) -> str:
@@ -73,8 +72,7 @@ def check_reachable(key: str, path: str) -> None:
         ConfigError: an address of something else.
         StorageError: no such bucket, no access, or no answer.
     """
-    check_address(key, path)
-    if not is_local(path):
+    if not is_local(path, key):
         with explained(key, path):
             bucket, prefix = bucket_and_key(path)
             _fs().call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
